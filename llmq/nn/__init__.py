@@ -1,0 +1,17 @@
+"""Compressed stand-ins for torch.nn layers."""
+
+from llmq import ops as ops  # defines torch.ops.llmq
+from llmq.nn.layer import CompressedLayer, linear_weight
+from llmq.nn.quant_embedding import QuantEmbedding
+from llmq.nn.quant_linear import QuantLinear
+from llmq.nn.rebuild import empty_layer
+from llmq.nn.sparse_linear import SparseLinear
+
+__all__ = [
+    "CompressedLayer",
+    "QuantEmbedding",
+    "QuantLinear",
+    "SparseLinear",
+    "empty_layer",
+    "linear_weight",
+]

@@ -1,0 +1,146 @@
+"""What compressed layers share: canonical tensors to the outside, the device's layout inside.
+
+A layer's parameters are either canonical (the storage of `llmq/formats`, which `state_dict`,
+pickling and other devices see) or in the layout that the kernel of its device wants; it holds one
+of the two, never both, and a tensor's number of dimensions tells which.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_FLOAT32_TENSORS = ("weight_scale", "weight_codebook")
+
+# A tied pair shares its Parameters; pickled, both must find the same canonical twin of each.
+_twins: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def frozen(tensor: Tensor | None) -> nn.Parameter | None:
+    """Return `tensor` as a Parameter that takes no gradient."""
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Return x in the dtype that autocast asks for on its device, as nn.Linear would."""
+    if torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def linear_weight(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Return weight [N, K] and bias [N] or None of a `Linear`, or of a `Conv1D` as in GPT-2.
+
+    Raises:
+        TypeError: if `linear` is neither.
+    """
+    if isinstance(linear, nn.Linear):
+        return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+    if type(linear).__name__ == "Conv1D" and hasattr(linear, "nf"):
+        return linear.weight.detach().T, linear.bias.detach()
+    raise TypeError(f"expected nn.Linear or transformers' Conv1D, got {type(linear).__name__}")
+
+
+class CompressedLayer(nn.Module):
+    """Keeps canonical tensors to the outside and the device's layout inside."""
+
+    _resizable: tuple[str, ...] = ()  # tensors whose first size changes with the mask
+
+    def canonical(self) -> dict[str, Tensor]:
+        """Return the canonical tensors by name, as `state_dict` holds them, bias included."""
+        raise NotImplementedError
+
+    def _panels(self) -> dict[str, Tensor] | None:
+        """Return the tensors of the device's layout, or None where canonical is what runs."""
+        raise NotImplementedError
+
+    def _set(self, tensors: dict[str, Tensor]) -> None:
+        """Hold exactly `tensors`; Parameters that stay keep their identity (tied layers)."""
+        for name in list(self._parameters):
+            if name not in tensors:
+                self._parameters[name] = None
+        for name, tensor in tensors.items():
+            parameter = self._parameters.get(name)
+            if parameter is None:
+                self._parameters[name] = frozen(tensor)
+            elif parameter.data is not tensor:
+                parameter.data = tensor
+
+    def _pack(self) -> None:
+        packed = self._panels()
+        if packed is not None:
+            self._set(packed)
+
+    def _unpack(self) -> None:
+        self._set(self.canonical())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._unpack()
+        exact = {
+            name: parameter.data
+            for name in _FLOAT32_TENSORS
+            if (parameter := self._parameters.get(name)) is not None
+        }
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in exact.items():
+            parameter = self._parameters[name]
+            assert parameter is not None
+            if parameter.dtype != torch.float32:  # .to(bfloat16) is for activations, not scales
+                parameter.data = before.to(parameter.device)
+        self._pack()
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        for name, tensor in self.canonical().items():
+            destination[prefix + name] = tensor if keep_vars else tensor.detach()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._unpack()
+        for name, parameter in self._parameters.items():
+            given = state_dict.get(prefix + name)
+            if parameter is None or not isinstance(given, Tensor):
+                continue
+            # As many rows but other non-zeros: the same layer with another mask.
+            other_mask = name in self._resizable and given.shape[1:] == parameter.shape[1:]
+            if parameter.is_meta and (other_mask or given.shape == parameter.shape):
+                empty = torch.empty(given.shape, dtype=parameter.dtype, device=given.device)
+                self._parameters[name] = frozen(empty)
+            elif other_mask:
+                parameter.data = parameter.new_empty(given.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._pack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        twins: dict[str, nn.Parameter | None] = dict.fromkeys(self._parameters)
+        for name, tensor in self.canonical().items():
+            parameter = self._parameters.get(name)
+            if parameter is not None and parameter.data_ptr() == tensor.data_ptr():
+                twins[name] = parameter
+                continue
+            twin = _twins[parameter]() if parameter is not None and parameter in _twins else None
+            if twin is None or twin.shape != tensor.shape or not torch.equal(twin, tensor):
+                twin = nn.Parameter(tensor, requires_grad=False)
+                if parameter is not None:
+                    _twins[parameter] = weakref.ref(twin)
+            twins[name] = twin
+        state["_parameters"] = twins
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._pack()
+
+    def bytes(self) -> int:
+        """Bytes of the canonical tensors: what the layer takes in a checkpoint."""
+        return sum(t.numel() * t.element_size() for t in self.canonical().values())

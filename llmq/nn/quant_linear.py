@@ -1,0 +1,160 @@
+"""`QuantLinear`: a linear layer whose weight is coded uniformly or by a codebook."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq import dispatch
+from llmq.formats import codebook, uniform
+from llmq.nn.layer import CompressedLayer, autocast, frozen, linear_weight
+from llmq.scheme import Scheme, resolve_scheme
+
+
+class QuantLinear(CompressedLayer):
+    """A linear layer with quantized weight: y = x Wᵀ + bias, x [..., K], y [..., N] in x's dtype.
+
+    Made by `from_linear` or `llmq.quantize`. Parameters (`requires_grad=False`): `weight` int8,
+    `weight_scale` float32 [N, groups], `weight_zero_point` int8 or None, `weight_codebook` float32
+    or None, `bias` or None. Storage: `llmq/formats/uniform.py` and `codebook.py`.
+    """
+
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
+    weight_zero_point: nn.Parameter | None
+    weight_codebook: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        tensors: dict[str, Tensor],
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scheme = scheme
+        for name in ("weight", "weight_scale", "weight_zero_point", "weight_codebook", "bias"):
+            self.register_parameter(name, frozen(tensors.get(name)))
+        self._pack()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, scheme: Scheme | str) -> QuantLinear:
+        """Quantize a `Linear` or `Conv1D`, rounding each weight to the nearest code.
+
+        Args:
+            linear: with weight [N, K] in floating point.
+            scheme: a `Scheme` or the name of a preset.
+
+        Raises:
+            TypeError: if `linear` is no linear layer.
+            ValueError: if the weight is not finite or a group size does not divide K.
+        """
+        scheme = resolve_scheme(scheme)
+        weight, bias = linear_weight(linear)
+        scheme.check_fits(weight.shape[0], weight.shape[1])
+        settings = {
+            "bits": scheme.bits,
+            "granularity": scheme.granularity,
+            "group_size": scheme.group_size,
+        }
+        if scheme.method == "quantile":
+            encoded = codebook.encode(weight, **settings)
+        else:
+            encoded = uniform.encode(weight, **settings, symmetric=scheme.symmetric)
+        layer = cls.from_encoded(encoded, bias, scheme, in_features=weight.shape[1])
+        return layer.train(linear.training)
+
+    @classmethod
+    def from_encoded(
+        cls,
+        encoded: uniform.UniformWeight | codebook.CodebookWeight,
+        bias: Tensor | None,
+        scheme: Scheme,
+        *,
+        in_features: int,
+    ) -> QuantLinear:
+        """Wrap canonical tensors that a format or an algorithm has made."""
+        tensors = {n: t for n, t in encoded._asdict().items() if t is not None}
+        if bias is not None:
+            tensors["bias"] = bias
+        return cls(in_features, encoded.weight_scale.shape[0], scheme, tensors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = autocast(x)
+        scheme = self.scheme
+        group = scheme.activation_group_size or 0
+        if scheme.op == "int8_linear":
+            return torch.ops.llmq.int8_linear(x, self.weight, self.weight_scale, self.bias, group)
+        if scheme.op == "codebook_linear":
+            return torch.ops.llmq.codebook_linear(
+                x, self.weight, self.weight_codebook, self.weight_scale, self.bias, scheme.bits
+            )
+        return torch.ops.llmq.weight_only_linear(
+            x,
+            self.weight,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.bias,
+            scheme.bits,
+            None if scheme.activations is None else group,
+        )
+
+    def dequantize(self) -> Tensor:
+        """Return the weight that the codes stand for, float32 [N, K]."""
+        tensors, bits, K = self.canonical(), self.scheme.bits, self.in_features
+        if self.scheme.method == "quantile":
+            codes, scale = tensors["weight"], tensors["weight_scale"]
+            return codebook.decode(codes, tensors["weight_codebook"], scale, bits=bits, K=K)
+        zero_point = tensors.get("weight_zero_point")
+        return uniform.decode(
+            tensors["weight"], tensors["weight_scale"], zero_point, bits=bits, K=K
+        )
+
+    def canonical(self) -> dict[str, Tensor]:
+        tensors = {n: p.data for n, p in self._parameters.items() if p is not None}
+        if tensors["weight"].dim() == 4:
+            tensors["weight"] = torch.ops.llmq.unpack_panels(
+                tensors["weight"], self.scheme.bits, self.out_features, self.in_features
+            )
+        return tensors
+
+    def _panels(self) -> dict[str, Tensor] | None:
+        tensors = {n: p.data for n, p in self._parameters.items() if p is not None}
+        weight = tensors["weight"]
+        if (
+            weight.dim() == 4
+            or weight.numel() == 0
+            or not dispatch.keeps_panels(weight.device, self.scheme)
+        ):
+            return None
+        tensors["weight"] = torch.ops.llmq.pack_panels(weight, self.scheme.bits)
+        return tensors
+
+    def kernel(self, M: int, dtype: torch.dtype = torch.float32) -> dispatch.Kernel:
+        """Return the kernel that runs for M tokens of `dtype`, with the reason."""
+        return dispatch.choose(
+            self.scheme.op, self.weight.device, dtype, M, self.out_features, self.in_features
+        )
+
+    def config(self) -> dict[str, Any]:
+        """Return what `empty_layer` needs to make a layer of these shapes, ready for JSON."""
+        return {
+            "type": "QuantLinear",
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": None if self.bias is None else str(self.bias.dtype).removeprefix("torch."),
+            "scheme": asdict(self.scheme),
+            "shapes": {name: list(t.shape) for name, t in self.canonical().items()},
+        }
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"scheme={self.scheme.name}, bias={self.bias is not None}"
+        )

@@ -1,0 +1,309 @@
+"""`SparseLinear`: a linear layer that stores only the weights its mask keeps."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmq import dispatch
+from llmq.formats import bitmap, block, semi_structured, uniform
+from llmq.nn.layer import CompressedLayer, autocast, frozen, linear_weight
+from llmq.nn.quant_linear import QuantLinear
+from llmq.scheme import Pattern, Scheme, parse_pattern, resolve_scheme
+
+_SPARSE_SCHEMES = "a uniform symmetric 8-bit scheme with one scale a channel or tensor"
+
+# The tensor that only this format has, and its op.
+_SPARSE_OPS = {
+    "weight_bitmask": "bitmap_sparse_linear",
+    "weight_meta": "semi_structured_linear",
+    "block_index": "block_sparse_linear",
+}
+_SPARSE_NAMES = (
+    "weight",
+    "weight_bitmask",
+    "row_offsets",
+    "weight_meta",
+    "block_index",
+    "block_offsets",
+    "weight_scale",
+    "bias",
+)
+
+
+class SparseLinear(CompressedLayer):
+    """A linear layer that stores only the weights its mask keeps, int8 codes or floating point.
+
+    Made by `from_linear` or `llmq.prune`. Its canonical tensors are those of the pattern's format
+    (`llmq/formats/bitmap.py`, `semi_structured.py`, `block.py`), with `weight_scale` [N, 1] where
+    values are int8. Without a sparse kernel that pays for its device, floating-point values are
+    held, and run, as a dense matrix; int8 values on CPU as bitmap panels, whatever the pattern.
+    """
+
+    _resizable = ("weight", "block_index")
+    weight: nn.Parameter
+    weight_scale: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        pattern: Pattern,
+        scheme: Scheme | None,
+        tensors: dict[str, Tensor],
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self._pattern = pattern
+        self.scheme = scheme
+        self._parameters.update({name: frozen(tensors.get(name)) for name in _SPARSE_NAMES})
+        self._pack()
+
+    @property
+    def pattern(self) -> str:
+        """Name of the sparsity pattern, as `llmq.prune` takes it."""
+        return self._pattern.name
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        pattern: str | Pattern = "unstructured",
+        *,
+        scheme: Scheme | str | None = None,
+        mask: Tensor | None = None,
+    ) -> SparseLinear:
+        """Keep the weights under `mask` of a dense or already compressed linear layer.
+
+        Args:
+            linear: `Linear` or `Conv1D`; or a `QuantLinear` or `SparseLinear`, whose int8 codes
+                and scales are then kept as they are.
+            pattern: what the mask obeys: `"unstructured"`, `"2:4"`, `"block"` or `"block-RxC"`.
+            scheme: quantizes the values too; None keeps them as `linear` has them.
+            mask: bool [N, K], True where a weight stays; None keeps those that are not zero.
+
+        Raises:
+            TypeError: if `linear` is no linear layer.
+            ValueError: if the mask does not obey the pattern, or the scheme cannot be sparse.
+        """
+        parsed = parse_pattern(pattern)
+        if parsed.kind == "structured":
+            raise ValueError(
+                "a structured pattern shrinks the matrices themselves; use llmq.prune(model, "
+                'pattern="structured")'
+            )
+        wanted = None if scheme is None else _sparse_scheme(resolve_scheme(scheme))
+        if isinstance(linear, (QuantLinear, SparseLinear)):
+            if wanted is not None and linear.scheme not in (None, wanted):
+                raise ValueError(
+                    f"layer is already {linear.scheme.name}; it cannot become {wanted.name}"
+                )
+            if mask is None and isinstance(linear, SparseLinear):
+                mask = linear.mask()
+            bias = None if linear.bias is None else linear.bias.data
+            if linear.scheme is None:
+                values, weight_scale = linear.dequantize(), None
+                values = values.to(linear.weight.dtype)
+            else:
+                wanted = _sparse_scheme(linear.scheme)
+                values, weight_scale = _int8_values(linear)
+        else:
+            values, bias = linear_weight(linear)
+            weight_scale = None
+        if mask is None:
+            mask = values != 0
+        if wanted is not None and weight_scale is None:
+            kept = torch.where(mask, values, values.new_zeros(()))
+            encoded = uniform.encode(kept, bits=8, granularity=wanted.granularity)
+            values, weight_scale = encoded.weight, encoded.weight_scale
+        tensors = _encode_sparse(parsed, values, mask)
+        if weight_scale is not None:
+            tensors["weight_scale"] = weight_scale
+        if bias is not None:
+            tensors["bias"] = bias
+        layer = cls(values.shape[1], values.shape[0], parsed, wanted, tensors)
+        return layer.train(linear.training)
+
+    @property
+    def op(self) -> str:
+        """Name of the op in `torch.ops.llmq` that computes this layer as it is held now."""
+        if self.scheme is None and self._is_dense():
+            return "dense"
+        for tensor, op in _SPARSE_OPS.items():
+            if self._parameters[tensor] is not None:
+                return op
+        raise AssertionError("a SparseLinear without positions")
+
+    def _is_dense(self) -> bool:
+        return tuple(self.weight.shape) == (self.out_features, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scheme is None and self._is_dense():
+            return F.linear(x, self.weight, self.bias)
+        x = autocast(x)
+        group = None
+        if self.scheme is not None and self.scheme.activations is not None:
+            group = self.scheme.activation_group_size or 0
+        p = self._parameters
+        if p["weight_bitmask"] is not None:
+            return torch.ops.llmq.bitmap_sparse_linear(
+                x,
+                self.weight,
+                p["weight_bitmask"],
+                p["row_offsets"],
+                self.weight_scale,
+                self.bias,
+                group,
+            )
+        if p["weight_meta"] is not None:
+            return torch.ops.llmq.semi_structured_linear(
+                x, self.weight, p["weight_meta"], self.weight_scale, self.bias, group
+            )
+        return torch.ops.llmq.block_sparse_linear(
+            x,
+            self.weight,
+            p["block_index"],
+            p["block_offsets"],
+            self.weight_scale,
+            self.bias,
+            group,
+        )
+
+    def _values(self) -> Tensor:
+        """Return the stored values at their places and zeros elsewhere, [N, K] in their dtype."""
+        return _decode_sparse(self._pattern, self.canonical(), self.out_features, self.in_features)[
+            0
+        ]
+
+    def dequantize(self) -> Tensor:
+        """Return the weight that is stored, zeros included, float32 [N, K]."""
+        values = self._values().float()
+        return values if self.weight_scale is None else values * self.weight_scale.data
+
+    def mask(self) -> Tensor:
+        """Return which weights are stored, bool [N, K]; a stored weight may still be zero."""
+        return _decode_sparse(self._pattern, self.canonical(), self.out_features, self.in_features)[
+            1
+        ]
+
+    def canonical(self) -> dict[str, Tensor]:
+        tensors = {n: p.data for n, p in self._parameters.items() if p is not None}
+        N, K = self.out_features, self.in_features
+        bitmask = tensors.get("weight_bitmask")
+        if self.scheme is not None and bitmask is not None and bitmask.dim() == 3:
+            names = ("weight", "weight_bitmask", "row_offsets")
+            unpacked = torch.ops.llmq.unpack_bitmap_panels(*(tensors[n] for n in names), N, K)
+            tensors.update(zip(names, unpacked, strict=True))
+            if self._pattern.kind != "unstructured":
+                plain = Pattern("unstructured")
+                values, mask = _decode_sparse(plain, tensors, N, K)
+                del tensors["weight_bitmask"], tensors["row_offsets"]
+                tensors.update(_encode_sparse(self._pattern, values, mask))
+        elif self.scheme is None and self._is_dense():
+            mask = _decode_mask(self._pattern, tensors, N, K)
+            tensors.update(_encode_sparse(self._pattern, tensors["weight"], mask))
+        return tensors
+
+    def _panels(self) -> dict[str, Tensor] | None:
+        tensors = {n: p.data for n, p in self._parameters.items() if p is not None}
+        N, K = self.out_features, self.in_features
+        weight = tensors["weight"]
+        if N == 0 or K == 0 or weight.is_meta:
+            return None
+        if self.scheme is None:
+            if not self._is_dense():
+                tensors["weight"] = _decode_sparse(self._pattern, tensors, N, K)[0]
+            return tensors
+        bitmask = tensors.get("weight_bitmask")
+        if not dispatch.keeps_panels(weight.device, self.scheme) or (
+            bitmask is not None and bitmask.dim() == 3
+        ):
+            return None
+        if self._pattern.kind != "unstructured":
+            values, mask = _decode_sparse(self._pattern, tensors, N, K)
+            kept = {n: tensors[n] for n in ("weight_scale", "bias") if n in tensors}
+            tensors = kept | _encode_sparse(Pattern("unstructured"), values, mask)
+        names = ("weight", "weight_bitmask", "row_offsets")
+        packed = torch.ops.llmq.pack_bitmap_panels(*(tensors[n] for n in names), K)
+        return tensors | dict(zip(names, packed, strict=True))
+
+    def kernel(self, M: int, dtype: torch.dtype = torch.float32) -> dispatch.Kernel:
+        """Return the kernel that runs for M tokens of `dtype`, with the reason."""
+        return dispatch.choose(
+            self.op, self.weight.device, dtype, M, self.out_features, self.in_features
+        )
+
+    def config(self) -> dict[str, Any]:
+        """Return what `empty_layer` needs to make a layer of these shapes, ready for JSON."""
+        tensors = self.canonical()
+        return {
+            "type": "SparseLinear",
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": None if self.bias is None else str(self.bias.dtype).removeprefix("torch."),
+            "scheme": None if self.scheme is None else asdict(self.scheme),
+            "pattern": self.pattern,
+            "dtype": str(tensors["weight"].dtype).removeprefix("torch."),
+            "shapes": {name: list(t.shape) for name, t in tensors.items()},
+        }
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"pattern={self.pattern}, scheme={self.scheme.name if self.scheme else None}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+def _sparse_scheme(scheme: Scheme) -> Scheme:
+    if scheme.method != "uniform" or scheme.bits != 8 or not scheme.symmetric:
+        raise ValueError(f"sparse values need {_SPARSE_SCHEMES}, got {scheme.name}")
+    if scheme.granularity == "group":
+        raise ValueError(f"sparse values need {_SPARSE_SCHEMES}, got {scheme.name}")
+    return scheme
+
+
+def _int8_values(layer: QuantLinear | SparseLinear) -> tuple[Tensor, Tensor]:
+    """Return the int8 codes [N, K] and scales [N, 1] of a layer that has such."""
+    assert layer.weight_scale is not None
+    codes = layer.canonical()["weight"] if isinstance(layer, QuantLinear) else layer._values()
+    return codes, layer.weight_scale.data
+
+
+def _encode_sparse(pattern: Pattern, values: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    if pattern.kind == "unstructured":
+        return bitmap.encode(values, mask)._asdict()
+    if pattern.kind == "2:4":
+        return semi_structured.encode(values, mask)._asdict()
+    assert pattern.block is not None
+    return block.encode(values, pattern.block, mask)._asdict()
+
+
+def _decode_mask(pattern: Pattern, tensors: dict[str, Tensor], N: int, K: int) -> Tensor:
+    if pattern.kind == "unstructured":
+        return bitmap.decode_mask(tensors["weight_bitmask"], K)
+    if pattern.kind == "2:4":
+        return semi_structured.decode_mask(tensors["weight_meta"], K)
+    assert pattern.block is not None
+    return block.decode_mask(tensors["block_index"], tensors["block_offsets"], K, N, pattern.block)
+
+
+def _decode_sparse(
+    pattern: Pattern, tensors: dict[str, Tensor], N: int, K: int
+) -> tuple[Tensor, Tensor]:
+    """Return values [N, K] and mask [N, K] of canonical tensors."""
+    mask = _decode_mask(pattern, tensors, N, K)
+    weight = tensors["weight"]
+    if pattern.kind == "unstructured":
+        values = bitmap.decode(weight, tensors["weight_bitmask"], tensors["row_offsets"], K)
+    elif pattern.kind == "2:4":
+        values = semi_structured.decode(weight, tensors["weight_meta"], K)
+    else:
+        values = block.decode(weight, tensors["block_index"], tensors["block_offsets"], K, N)
+    return values, mask
