@@ -44,7 +44,8 @@ def _check(condition: bool, op: str, message: str) -> None:
         raise ValueError(f"llmq.{op}: {message}")
 
 
-def _check_x(op: str, x: Tensor, *others: Tensor | None) -> None:
+def _check_x(op: str, x: Tensor, *others: Tensor | None) -> int:
+    """Return K of x [..., K] after checking its dtype and that the others are where it is."""
     if x.dtype not in _FLOATS:
         raise TypeError(f"llmq.{op}: x must be float32, bfloat16 or float16, got {x.dtype}")
     _check(x.dim() >= 1, op, "x must have at least one dimension, got a scalar")
@@ -54,9 +55,11 @@ def _check_x(op: str, x: Tensor, *others: Tensor | None) -> None:
                 f"llmq.{op}: x is on {x.device}, a weight tensor on {other.device}; "
                 f"move the layer or the input"
             )
+    return x.shape[-1]
 
 
-def _check_scale(op: str, K: int, weight_scale: Tensor, bias: Tensor | None) -> None:
+def _check_scale(op: str, K: int, weight_scale: Tensor, bias: Tensor | None) -> int:
+    """Return N of weight_scale [N, G] after checking both against K and the bias."""
     _check(
         weight_scale.dim() == 2 and weight_scale.dtype == torch.float32,
         op,
@@ -67,6 +70,7 @@ def _check_scale(op: str, K: int, weight_scale: Tensor, bias: Tensor | None) -> 
     _check(G > 0 and K % G == 0, op, f"weight_scale has {G} groups, which do not divide K={K}")
     if bias is not None:
         _check(bias.shape == (N,), op, f"bias must be [{N}], got {list(bias.shape)}")
+    return N
 
 
 def _check_group(op: str, K: int, group_size: int | None) -> None:
@@ -141,6 +145,7 @@ def _define(schema: str, op: type[_LinearOp]) -> None:
     estimator of Bengio et al., arXiv:1308.3432).
     """
     name = schema.split("(")[0]
+    bias_at: int = op._fields.index("bias")  # type: ignore[attr-defined]
 
     def reference(*args: Any, **kwargs: Any) -> Tensor:
         call = op(*args, **kwargs)
@@ -159,24 +164,36 @@ def _define(schema: str, op: type[_LinearOp]) -> None:
         ctx.constants = [None if isinstance(value, Tensor) else value for value in rest]
         ctx.K = x.shape[-1]
 
+    # An op of its own, since decoding checks the data, which a compiler that traces cannot.
+    def x_grad(grad: Tensor, K: int, *rest: Any) -> Tensor:
+        return (grad.float() @ op(grad.new_empty(0, K), *rest).dense()).to(grad.dtype)
+
+    def x_grad_fake(grad: Tensor, K: int, *rest: Any) -> Tensor:
+        return grad.new_empty(*grad.shape[:-1], K)
+
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rest = [
             constant if tensor is None else tensor
             for tensor, constant in zip(ctx.saved_tensors, ctx.constants, strict=True)
         ]
-        call = op(grad.new_empty(0, ctx.K), *rest)
-        grads: dict[str, Tensor] = {}
+        grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if ctx.needs_input_grad[0]:
-            grads["x"] = (grad.float() @ call.dense()).to(grad.dtype)
-        fields: tuple[str, ...] = op._fields  # type: ignore[attr-defined]
-        if call.bias is not None and ctx.needs_input_grad[fields.index("bias")]:
+            grads[0] = getattr(torch.ops.llmq, f"{name}_x_grad")(grad, ctx.K, *rest)
+        # Arguments left at their defaults, a missing bias among them, are not passed on to here.
+        if any(ctx.needs_input_grad[bias_at : bias_at + 1]):
             summed = grad.reshape(-1, grad.shape[-1]).float().sum(0)
-            grads["bias"] = summed.to(call.bias.dtype)
-        return tuple(grads.get(field) for field in fields)
+            grads[bias_at] = summed.to(rest[bias_at - 1].dtype)
+        return tuple(grads)
 
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"llmq::{name}", fake, lib=_library)
+    grad_schema = schema.replace(f"{name}(Tensor x", f"{name}_x_grad(Tensor grad, int K")
+    for definition, implementation, shape in (
+        (schema, reference, fake),
+        (grad_schema, x_grad, x_grad_fake),
+    ):
+        _library.define(definition, tags=(torch.Tag.pt2_compliant_tag,))
+        defined = definition.split("(")[0]
+        _library.impl(defined, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"llmq::{defined}", shape, lib=_library)
     torch.library.register_autograd(
         f"llmq::{name}", backward, setup_context=setup_context, lib=_library
     )
@@ -215,9 +232,9 @@ class _Int8Linear(NamedTuple):
     activation_group_size: int = 0
 
     def check(self) -> int:
-        op, K, N = "int8_linear", self.x.shape[-1], self.weight_scale.shape[0]
-        _check_x(op, self.x, self.weight, self.weight_scale, self.bias)
-        _check_scale(op, K, self.weight_scale, self.bias)
+        op = "int8_linear"
+        K = _check_x(op, self.x, self.weight, self.weight_scale, self.bias)
+        N = _check_scale(op, K, self.weight_scale, self.bias)
         _check(
             self.weight_scale.shape[1] == 1,
             op,
@@ -260,10 +277,9 @@ class _WeightOnlyLinear(NamedTuple):
     activation_group_size: int | None = None
 
     def check(self) -> int:
-        op, K, N = "weight_only_linear", self.x.shape[-1], self.weight_scale.shape[0]
-        zero_point = self.weight_zero_point
-        _check_x(op, self.x, self.weight, self.weight_scale, zero_point, self.bias)
-        _check_scale(op, K, self.weight_scale, self.bias)
+        op, zero_point = "weight_only_linear", self.weight_zero_point
+        K = _check_x(op, self.x, self.weight, self.weight_scale, zero_point, self.bias)
+        N = _check_scale(op, K, self.weight_scale, self.bias)
         if zero_point is not None:
             _check(
                 zero_point.shape == self.weight_scale.shape and zero_point.dtype == torch.int8,
@@ -312,10 +328,9 @@ class _CodebookLinear(NamedTuple):
     bits: int = 8
 
     def check(self) -> int:
-        op, K, N = "codebook_linear", self.x.shape[-1], self.weight_scale.shape[0]
-        table = self.weight_codebook
-        _check_x(op, self.x, self.weight, table, self.weight_scale, self.bias)
-        _check_scale(op, K, self.weight_scale, self.bias)
+        op, table = "codebook_linear", self.weight_codebook
+        K = _check_x(op, self.x, self.weight, table, self.weight_scale, self.bias)
+        N = _check_scale(op, K, self.weight_scale, self.bias)
         _check_codes(op, self.weight, self.bits, N, K)
         _check(
             table.dtype == torch.float32
@@ -355,8 +370,8 @@ def _check_sparse(
     bias: Tensor | None,
     group_size: int | None,
 ) -> None:
-    _check_x(op, x, weight, weight_scale, bias)
-    _check_group(op, x.shape[-1], group_size)
+    K = _check_x(op, x, weight, weight_scale, bias)
+    _check_group(op, K, group_size)
     _check(
         (weight.dtype == torch.int8) == (weight_scale is not None),
         op,
@@ -365,7 +380,7 @@ def _check_sparse(
     )
     _check(group_size is None or weight_scale is not None, op, "int8 activations need int8 values")
     if weight_scale is not None:
-        _check_scale(op, x.shape[-1], weight_scale, bias)
+        _check_scale(op, K, weight_scale, bias)
         _check(
             tuple(weight_scale.shape) == (N, 1),
             op,

@@ -1,0 +1,1 @@
+"""Encode and decode one weight tensor; plain PyTorch; what every kernel is tested against."""
