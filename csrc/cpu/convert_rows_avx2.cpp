@@ -1,0 +1,99 @@
+// Rows of bfloat16 and float16 to and from float32 with AVX2 and F16C; rounds half to even.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#if !defined(__AVX2__) || !defined(__F16C__) || defined(__AVX512F__)
+#error "setup.py gives this file its instruction set by its name: _avx2"
+#endif
+
+namespace llmq {
+namespace {
+
+__m128i to_bfloat(__m256 value) {
+  const __m256i bits = _mm256_castps_si256(value);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded =
+      _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+}
+
+template <Dtype dtype>
+__m256 widen(__m128i value) {
+  if constexpr (dtype == Dtype::f16) return _mm256_cvtph_ps(value);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(value), 16));
+}
+
+template <Dtype dtype>
+__m128i narrow(__m256 value) {
+  if constexpr (dtype == Dtype::f16) {
+    return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  return to_bfloat(value);
+}
+
+// A row's last elements pass through a buffer of 8: AVX2 has no masks for 16-bit elements.
+template <Dtype dtype>
+void widen_rows(const ConvertRows& c) {
+  for (int64_t m = 0; m < c.rows; ++m) {
+    const uint16_t* source = static_cast<const uint16_t*>(c.source) + m * c.source_stride;
+    float* target = static_cast<float*>(c.target) + m * c.target_stride;
+    int64_t k = 0;
+    for (; k + 8 <= c.columns; k += 8) {
+      const __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + k));
+      _mm256_storeu_ps(target + k, widen<dtype>(value));
+    }
+    if (k == c.columns) continue;
+    alignas(32) uint16_t last[8] = {};
+    alignas(32) float wide[8];
+    for (int64_t i = k; i < c.columns; ++i) last[i - k] = source[i];
+    _mm256_store_ps(wide, widen<dtype>(_mm_load_si128(reinterpret_cast<__m128i*>(last))));
+    for (int64_t i = k; i < c.columns; ++i) target[i] = wide[i - k];
+  }
+}
+
+template <Dtype dtype>
+void narrow_rows(const ConvertRows& c) {
+  for (int64_t m = 0; m < c.rows; ++m) {
+    const float* source = static_cast<const float*>(c.source) + m * c.source_stride;
+    uint16_t* target = static_cast<uint16_t*>(c.target) + m * c.target_stride;
+    int64_t k = 0;
+    for (; k + 8 <= c.columns; k += 8) {
+      const __m128i value = narrow<dtype>(_mm256_loadu_ps(source + k));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(target + k), value);
+    }
+    if (k == c.columns) continue;
+    alignas(32) float last[8] = {};
+    alignas(32) uint16_t half[8];
+    for (int64_t i = k; i < c.columns; ++i) last[i - k] = source[i];
+    _mm_store_si128(reinterpret_cast<__m128i*>(half), narrow<dtype>(_mm256_load_ps(last)));
+    for (int64_t i = k; i < c.columns; ++i) target[i] = half[i - k];
+  }
+}
+
+void copy_rows(const ConvertRows& c) {
+  for (int64_t m = 0; m < c.rows; ++m) {
+    const float* source = static_cast<const float*>(c.source) + m * c.source_stride;
+    float* target = static_cast<float*>(c.target) + m * c.target_stride;
+    for (int64_t k = 0; k < c.columns; ++k) target[k] = source[k];
+  }
+}
+
+}  // namespace
+
+void to_float_avx2(const ConvertRows& c) {
+  if (c.dtype == Dtype::f32) return copy_rows(c);
+  if (c.dtype == Dtype::bf16) return widen_rows<Dtype::bf16>(c);
+  widen_rows<Dtype::f16>(c);
+}
+
+void from_float_avx2(const ConvertRows& c) {
+  if (c.dtype == Dtype::f32) return copy_rows(c);
+  if (c.dtype == Dtype::bf16) return narrow_rows<Dtype::bf16>(c);
+  narrow_rows<Dtype::f16>(c);
+}
+
+}  // namespace llmq

@@ -1,0 +1,92 @@
+// Rows of bfloat16 and float16 to and from float32 with AVX-512; rounds half to even.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#if !defined(__AVX512BW__) || !defined(__AVX512VL__)
+#error "setup.py gives this file its instruction set by its name: _avx512vnni"
+#endif
+
+namespace llmq {
+namespace {
+
+__m256i to_bfloat(__m512 value) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+}
+
+template <Dtype dtype>
+__m512 widen(__m256i value) {
+  if constexpr (dtype == Dtype::f16) return _mm512_cvtph_ps(value);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(value), 16));
+}
+
+template <Dtype dtype>
+__m256i narrow(__m512 value) {
+  if constexpr (dtype == Dtype::f16) {
+    return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  return to_bfloat(value);
+}
+
+__mmask16 tail(int64_t left) {
+  return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+}
+
+template <Dtype dtype>
+void widen_rows(const ConvertRows& c) {
+  for (int64_t m = 0; m < c.rows; ++m) {
+    const uint16_t* source = static_cast<const uint16_t*>(c.source) + m * c.source_stride;
+    float* target = static_cast<float*>(c.target) + m * c.target_stride;
+    for (int64_t k = 0; k < c.columns; k += 16) {
+      const __mmask16 mask = tail(c.columns - k);
+      _mm512_mask_storeu_ps(target + k, mask,
+                            widen<dtype>(_mm256_maskz_loadu_epi16(mask, source + k)));
+    }
+  }
+}
+
+template <Dtype dtype>
+void narrow_rows(const ConvertRows& c) {
+  for (int64_t m = 0; m < c.rows; ++m) {
+    const float* source = static_cast<const float*>(c.source) + m * c.source_stride;
+    uint16_t* target = static_cast<uint16_t*>(c.target) + m * c.target_stride;
+    for (int64_t k = 0; k < c.columns; k += 16) {
+      const __mmask16 mask = tail(c.columns - k);
+      _mm256_mask_storeu_epi16(target + k, mask,
+                               narrow<dtype>(_mm512_maskz_loadu_ps(mask, source + k)));
+    }
+  }
+}
+
+void copy_rows(const ConvertRows& c) {
+  for (int64_t m = 0; m < c.rows; ++m) {
+    const float* source = static_cast<const float*>(c.source) + m * c.source_stride;
+    float* target = static_cast<float*>(c.target) + m * c.target_stride;
+    for (int64_t k = 0; k < c.columns; k += 16) {
+      const __mmask16 mask = tail(c.columns - k);
+      _mm512_mask_storeu_ps(target + k, mask, _mm512_maskz_loadu_ps(mask, source + k));
+    }
+  }
+}
+
+}  // namespace
+
+void to_float_avx512vnni(const ConvertRows& c) {
+  if (c.dtype == Dtype::f32) return copy_rows(c);
+  if (c.dtype == Dtype::bf16) return widen_rows<Dtype::bf16>(c);
+  widen_rows<Dtype::f16>(c);
+}
+
+void from_float_avx512vnni(const ConvertRows& c) {
+  if (c.dtype == Dtype::f32) return copy_rows(c);
+  if (c.dtype == Dtype::bf16) return narrow_rows<Dtype::bf16>(c);
+  narrow_rows<Dtype::f16>(c);
+}
+
+}  // namespace llmq

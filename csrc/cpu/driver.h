@@ -1,0 +1,115 @@
+// What every driver needs on the way from tensors to pointers: checks, scratch memory, float rows in
+// and out, quantized activations, panels, threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <sstream>
+#include <stdexcept>
+
+#include "kernels.h"
+#include "ops.h"
+
+// Throws std::invalid_argument, a ValueError in Python; the message is built only on failure.
+#define LLMQ_CHECK(condition, op, ...)                             \
+  do {                                                             \
+    if (!(condition)) [[unlikely]] llmq::fail(op, __VA_ARGS__);    \
+  } while (false)
+
+namespace llmq {
+
+using torch::headeronly::ScalarType;
+
+template <class... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream message;
+  message << "llmq." << op << ": ";
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+// -- scratch ---------------------------------------------------------------------------------------
+// One buffer a thread and slot, which grows to the largest call and is kept, so that a steady state
+// allocates nothing. A slot's memory is valid until the same thread asks for that slot again;
+// worker threads may read what the calling thread holds.
+enum class Slot : int { codes, code_scale, code_offset, x, bias, y, weight, extra, count };
+
+void* scratch_bytes(Slot slot, int64_t bytes);  // 64-byte aligned
+
+template <class T>
+T* scratch(Slot slot, int64_t count) {
+  return static_cast<T*>(scratch_bytes(slot, count * static_cast<int64_t>(sizeof(T))));
+}
+
+// -- tensors ---------------------------------------------------------------------------------------
+// x [..., K] as contiguous rows [M, K].
+struct Rows {
+  Tensor tensor;  // x, or its contiguous copy
+  const char* data;
+  Dtype dtype;
+  int64_t M, K;
+
+  int64_t element_size() const { return dtype == Dtype::f32 ? 4 : 2; }
+  const void* row(int64_t m) const { return data + m * K * element_size(); }
+};
+
+Rows rows_of(const char* op, const Tensor& x);
+Tensor empty(const int64_t* sizes, int64_t dim, ScalarType type);
+Tensor empty_output(const Rows& x, int64_t N);  // [..., N] in x's dtype
+
+const float* float_data(const char* op, const char* name, const Tensor& tensor);  // checks f32
+
+// bias as float32 [N], converted into Slot::bias where it is not already so; null without a bias.
+const float* float_bias(const char* op, const OptionalTensor& bias, int64_t N);
+
+// The float32 rows [rows, K] of x from row m on: x itself, or converted into Slot::x.
+const float* float_rows(const Rows& x, int64_t m, int64_t rows);
+
+// weight as panels8 (bits 8) or panels4 (bits 4): its own memory, or canonical codes packed into
+// Slot::weight. Checks dtype and shape.
+const uint8_t* panels(const char* op, const Tensor& weight, int64_t bits, int64_t N, int64_t K);
+
+// A tensor's contiguous self, and so valid data for as long as the result lives.
+Tensor as_contiguous(const Tensor& tensor);
+
+// -- activations -----------------------------------------------------------------------------------
+struct Activations {
+  int8_t* codes;  // [rows, stride], zero beyond K
+  int64_t stride;
+  float* scale;     // [rows, groups]
+  int32_t* offset;  // [rows, groups] −128 · Σ codes
+  int64_t groups;
+};
+
+// Quantizes rows m … m + rows of x into the calling thread's scratch, in parallel where it pays.
+// group_size 0 means one scale a token; it must divide K.
+Activations quantize(const Rows& x, int64_t m, int64_t rows, int64_t group_size);
+
+// Calls body(begin, end) over rows of K elements, on one thread where more would not pay.
+template <class Body>
+void parallel_rows(int64_t rows, int64_t K, const Body& body) {
+  constexpr int64_t kGrain = 1 << 15;  // elements that quantize in about a thread's start-up time
+  if (rows * K <= kGrain) {
+    body(0, rows);
+  } else {
+    torch::stable::parallel_for(0, rows, ceil_div(kGrain, K), body);
+  }
+}
+
+void check_group(const char* op, int64_t group_size, int64_t K);
+
+// -- packing (pack.cpp) ----------------------------------------------------------------------------
+// Canonical codes [N, K] (int8) or [N, ceil(K/2)] (nibbles) to and from panels.
+void pack_panels8(const uint8_t* codes, int64_t N, int64_t K, uint8_t* packed);
+void pack_panels4(const uint8_t* nibbles, int64_t N, int64_t K, uint8_t* packed);
+
+// -- output ----------------------------------------------------------------------------------------
+// Writes rows of float32 y [rows, N] (stride y_stride) into `target`, rows of N elements of `dtype`.
+void store_rows(const float* y, int64_t y_stride, void* target, Dtype dtype, int64_t rows,
+                int64_t N);
+
+// LLMQ_PRINT_KERNELS=1: prints the kernel that runs, once a (op, M, N, K).
+void announce(const char* op, int64_t M, int64_t N, int64_t K);
+
+}  // namespace llmq

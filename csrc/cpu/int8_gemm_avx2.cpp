@@ -1,0 +1,83 @@
+// int8_gemm with AVX2: y[m, n] = Σ_g x_scale[m, g] · (Σ_k∈g w[n, k] · x[m, k]) · weight_scale[n]
+// + bias[n], exact.
+//
+// vpmaddubsw multiplies u8 by s8 and saturates its 16-bit sums of two, so the stored u = w + 128 will
+// not do: |w| · sign(x, w) has the same products, at most 128·127·2 < 2¹⁵ a pair, and no correction.
+// Tile: half a panel (8 outputs) × up to 6 tokens, 32 bytes of weight a step; four instructions (sign,
+// multiply, widen, add) a token where VNNI needs one, which bounds it.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#if !defined(__AVX2__) || !defined(__FMA__) || defined(__AVX512F__)
+#error "setup.py gives this file its instruction set by its name: _avx2"
+#endif
+
+namespace llmq {
+namespace {
+
+constexpr int64_t kLanes = 8;
+constexpr int64_t kTokens = 6;
+
+__m256i broadcast4(const int8_t* x) {
+  int32_t four;
+  __builtin_memcpy(&four, x, 4);
+  return _mm256_set1_epi32(four);
+}
+
+// Lanes below `left` have their top bit set, as masked loads and stores want it.
+__m256i lanes_below(int64_t left) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(left < 8 ? left : 8)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+template <int T>
+void tile(const Int8Gemm& g, int64_t n, int64_t m) {
+  const uint8_t* weight = g.weight + n / kPanel * g.K4 * kBlockBytes + n % kPanel * 4;
+  const int64_t group_blocks = g.K4 / g.groups;
+  const int8_t* x = g.x + m * g.x_stride;
+  const __m256i flip = _mm256_set1_epi8(static_cast<char>(0x80)), ones = _mm256_set1_epi16(1);
+  __m256i dot[T];
+  __m256 sum[T];
+  for (int t = 0; t < T; ++t) sum[t] = _mm256_setzero_ps();
+  for (int64_t group = 0; group < g.groups; ++group) {
+    for (int t = 0; t < T; ++t) dot[t] = _mm256_setzero_si256();
+    for (int64_t i = group * group_blocks; i < (group + 1) * group_blocks; ++i) {
+      const auto* block = reinterpret_cast<const __m256i*>(weight + i * kBlockBytes);
+      const __m256i w = _mm256_xor_si256(_mm256_loadu_si256(block), flip);
+      const __m256i magnitude = _mm256_abs_epi8(w);
+      for (int t = 0; t < T; ++t) {
+        const __m256i signed_x = _mm256_sign_epi8(broadcast4(x + t * g.x_stride + 4 * i), w);
+        const __m256i pairs = _mm256_maddubs_epi16(magnitude, signed_x);
+        dot[t] = _mm256_add_epi32(dot[t], _mm256_madd_epi16(pairs, ones));
+      }
+    }
+    for (int t = 0; t < T; ++t) {
+      const __m256 scale = _mm256_set1_ps(g.x_scale[(m + t) * g.groups + group]);
+      sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[t]), scale, sum[t]);
+    }
+  }
+  const __m256i mask = lanes_below(g.N - n);
+  const __m256 scale = _mm256_maskload_ps(g.weight_scale + n, mask);
+  const __m256 bias =
+      g.bias == nullptr ? _mm256_setzero_ps() : _mm256_maskload_ps(g.bias + n, mask);
+  for (int t = 0; t < T; ++t) {
+    _mm256_maskstore_ps(g.y + (m + t) * g.y_stride + n, mask,
+                        _mm256_fmadd_ps(sum[t], scale, bias));
+  }
+}
+
+using Tile = void(const Int8Gemm&, int64_t n, int64_t m);
+constexpr Tile* kTiles[] = {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
+
+}  // namespace
+
+void int8_gemm_avx2(const Int8Gemm& g) {
+  for (int64_t n = 0; n < g.N; n += kLanes) {
+    for (int64_t m = 0; m < g.M; m += kTokens) {
+      kTiles[g.M - m < kTokens ? g.M - m : kTokens](g, n, m);
+    }
+  }
+}
+
+}  // namespace llmq

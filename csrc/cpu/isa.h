@@ -1,0 +1,21 @@
+// The instruction sets that kernels are built for, and the one in use.
+#pragma once
+
+namespace llmq {
+
+// Ordered from slowest to fastest; also the columns of the table in dispatch.cpp.
+enum class Isa : int { portable = 0, avx2 = 1, avx512vnni = 2 };
+inline constexpr int kIsaCount = 3;
+
+const char* isa_name(Isa isa);
+
+// Whether this CPU and operating system run `isa` and this build has it.
+bool isa_runs(Isa isa);
+
+// The ISA in use: the fastest that runs, or the one that LLMQ_ISA named when the library was loaded.
+Isa current_isa();
+
+// Forces the ISA called `name`; throws std::invalid_argument if it is unknown or does not run here.
+void set_current_isa(const char* name);
+
+}  // namespace llmq

@@ -1,0 +1,177 @@
+// The contract of every microkernel: what drivers (one .cpp a family) and instruction-set files share.
+//
+// A microkernel gets plain pointers to checked, sized memory; it neither allocates, threads, checks
+// nor knows torch. An instruction-set file includes this header and intrinsics, nothing else, and
+// keeps its helpers in an anonymous namespace: inline functions compiled with different flags under
+// one name would be merged by the linker (ODR).
+//
+// M tokens, N outputs, K inputs; x [M, K], y [M, N]. Strides are in elements.
+//
+// panels8: P = ceil(N/16) panels, each K4 = ceil(K/4) blocks of 64 bytes, one vector register:
+//
+//     block i of panel p      byte 0    1    2    3  | 4 ...             | ... 63
+//                             w[n,k] k+1  k+2  k+3  | w[n+1,k] ...      | w[n+15,k+3]
+//                             n = 16p, k = 4i; byte = code + 128 (code ^ 0x80); padding = 0x80, code 0
+//
+// panels4: the same with K8 = ceil(K/8) blocks: byte 4n+j holds input 8i+j of lane n in its low
+// nibble and input 8i+4+j in its high nibble; padding nibble = 0.
+#pragma once
+
+#include <cstdint>
+
+namespace llmq {
+
+inline constexpr int64_t kPanel = 16;  // outputs a panel: the int32 lanes of a 512-bit register
+inline constexpr int64_t kBlockBytes = 64;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// -- convert: rows of any float type to and from float32 -------------------------------------------
+struct ConvertRows {
+  const void* source;
+  int64_t source_stride;
+  void* target;
+  int64_t target_stride;
+  int64_t rows, columns;
+  Dtype dtype;  // of source in to_float, of target in from_float; the other side is float32
+};
+using ConvertRowsFn = void(const ConvertRows&);
+ConvertRowsFn to_float_portable, to_float_avx2, to_float_avx512vnni;
+ConvertRowsFn from_float_portable, from_float_avx2, from_float_avx512vnni;
+
+// -- quantize_rows: symmetric int8 codes, one scale a token or group of inputs ---------------------
+// scale = max|x| / 127, code = round_half_even(x · (127 / max|x|)); a row whose max|x| is at most
+// 1e-30 gets codes 0 and its own scale, one with NaN or infinity codes 0 and scale NaN.
+struct QuantizeRows {
+  const void* x;  // [rows, K]
+  int64_t x_stride;
+  Dtype dtype;
+  int64_t rows, K;
+  int64_t group_size;    // divides K; K for one scale a token
+  int8_t* codes;         // [rows, codes_stride]; columns K … codes_columns are set to 0
+  int64_t codes_stride;
+  int64_t codes_columns;
+  float* scale;     // [rows, K / group_size]
+  int32_t* offset;  // [rows, K / group_size] −128 · Σ codes, what u8 weights add too much; or null
+};
+using QuantizeRowsFn = void(const QuantizeRows&);
+QuantizeRowsFn quantize_rows_portable, quantize_rows_avx2, quantize_rows_avx512vnni;
+
+// -- int8_gemm: y = (Σ_groups (dot of codes) · x_scale) · weight_scale + bias ----------------------
+struct Int8Gemm {
+  const uint8_t* weight;  // panels8 [ceil(N/16), K4, 16, 4]
+  const int8_t* x;        // codes [M, x_stride], zero from K to 4·K4
+  int64_t x_stride;
+  const float* x_scale;       // [M, groups]
+  const int32_t* x_offset;    // [M, groups] −128 · Σ codes
+  const float* weight_scale;  // [N]
+  const float* bias;          // [N] or null
+  float* y;                   // [M, y_stride]
+  int64_t y_stride;
+  int64_t M, N, K4;
+  int64_t groups;  // equal groups of K4 / groups blocks
+};
+using Int8GemmFn = void(const Int8Gemm&);
+Int8GemmFn int8_gemm_portable, int8_gemm_avx2, int8_gemm_avx512vnni;
+
+// -- grouped weights: weight_only_linear and codebook_linear ----------------------------------------
+// Their kernels take one panel and a tile of up to kTile rows whose inputs lie side by side, so that
+// one pointer walks x and each weight, once in a register, serves every row:
+//     floats  x [K, rows];    codes  x [K4, rows, 4], K filled up with zeros to whole blocks.
+// A segment is a run of inputs under one scale of weight and activation; the last may be shorter.
+// Except in portable kernels it holds whole blocks. y [rows, 16] has neither bias nor dtype yet.
+inline constexpr int64_t kTile = 12;
+
+// Turns the scales of a panel so that a register holds those of its 16 outputs; absent outputs get 0.
+struct PanelScales {
+  const float* scale;        // [lanes, groups]
+  const int8_t* zero_point;  // [lanes, groups] or null
+  int64_t lanes, groups;
+  int bits;              // null zero_point: code 0 (bits 8) or 8 (bits 4); 0: no zero points wanted
+  float* scale_panel;    // [groups, 16]
+  int32_t* zero_panel;   // [groups, 16] as stored: + 128 for bits 8; null if bits is 0
+};
+using PanelScalesFn = void(const PanelScales&);
+PanelScalesFn panel_scales_portable, panel_scales_avx512vnni;
+
+// Splits float32 rows into three int8 digits an input: x ≈ scale · (65536·a + 256·b + c), where
+// scale = max|x| / 0x7f7f7f a segment. Returns false if a row is beyond what they can hold: NaN,
+// infinity, or a segment whose max|x| is over 1e30 or under 1e-30 without being zero.
+struct SplitRows {
+  const float* x;  // [rows, x_stride]
+  int64_t x_stride, rows, K, segment;
+  int8_t* digits;  // [rows, 3, digits_stride]; columns K … digits_columns are set to 0
+  int64_t digits_stride, digits_columns;
+  float* scale;  // [rows, 3, segments], 65536, 256 and 1 times the scale
+};
+using SplitRowsFn = bool(const SplitRows&);
+SplitRowsFn split_rows_avx512vnni;
+
+// y = Σ_segments weight scale · x scale · Σ_k (w − zero) · x, the inner sum exact in int32.
+struct WeightOnlyInt8Gemm {
+  const uint8_t* weight;  // one panel
+  int bits;               // 8 or 4
+  const float* scale;     // [groups, 16]
+  const int32_t* zero;    // [groups, 16]
+  int64_t K, segment, segments_per_group;
+  const int8_t* x;       // codes of the tile
+  const float* x_scale;  // [segments, rows]
+  const int32_t* x_sum;  // [segments, rows] −Σ codes
+  int64_t rows;
+  float* y;  // [rows, 16]
+};
+using WeightOnlyInt8GemmFn = void(const WeightOnlyInt8Gemm&);
+WeightOnlyInt8GemmFn weight_only_int8_gemm_portable, weight_only_int8_gemm_avx2,
+    weight_only_int8_gemm_avx512vnni;
+
+// Inputs k … k + count of a panel as floats, (w − zero) · scale; both on block borders unless they
+// end K or the kernel is portable. gemv multiplies them with one row: y = Σ_k w · x.
+struct WeightOnlyPanel {
+  const uint8_t* weight;
+  int bits;
+  const float* scale;   // [groups, 16]
+  const int32_t* zero;  // [groups, 16]
+  int64_t K, group;
+  int64_t k, count;
+  float* dense;    // [count, 16], for dequantize
+  const float* x;  // [K], zero up to whole blocks, for gemv
+  float* y;        // [16], for gemv
+};
+using WeightOnlyPanelFn = void(const WeightOnlyPanel&);
+WeightOnlyPanelFn weight_only_dequantize_portable, weight_only_dequantize_avx2,
+    weight_only_dequantize_avx512vnni;
+WeightOnlyPanelFn weight_only_gemv_portable, weight_only_gemv_avx2;
+
+// The same for w = codebook[code] · scale.
+struct CodebookPanel {
+  const uint8_t* weight;
+  int bits;
+  const float* codebook;    // [2^bits], by stored byte (code ^ 0x80 for bits 8)
+  int64_t codebook_stride;  // 2^bits where each of the 16 outputs has its own (portable only), or 0
+  const uint8_t* planes;    // [4, 256] byte i of each float32 of codebook, for bits 8 and stride 0
+  const float* scale;       // [groups, 16]
+  int64_t K, group;
+  int64_t k, count;
+  float* dense;
+  const float* x;
+  float* y;
+};
+using CodebookPanelFn = void(const CodebookPanel&);
+CodebookPanelFn codebook_dequantize_portable, codebook_dequantize_avx2,
+    codebook_dequantize_avx512vnni;
+CodebookPanelFn codebook_gemv_portable, codebook_gemv_avx2, codebook_gemv_avx512vnni;
+
+// y += x Wᵀ of one dequantized panel.
+struct PanelGemm {
+  const float* dense;  // [K, 16]
+  const float* x;      // [K, rows]
+  int64_t K, rows;
+  float* y;  // [rows, 16]
+};
+using PanelGemmFn = void(const PanelGemm&);
+PanelGemmFn panel_gemm_portable, panel_gemm_avx2, panel_gemm_avx512vnni;
+
+}  // namespace llmq

@@ -1,0 +1,45 @@
+// The native CPU ops, one driver file each; schemas and meanings are in llmq/ops.py.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace llmq {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
+
+std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x, int64_t group_size);
+
+Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                   const OptionalTensor& bias, int64_t activation_group_size);
+
+Tensor weight_only_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                          const OptionalTensor& weight_zero_point, const OptionalTensor& bias,
+                          int64_t bits, std::optional<int64_t> activation_group_size);
+
+Tensor codebook_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_codebook,
+                       const Tensor& weight_scale, const OptionalTensor& bias, int64_t bits);
+
+Tensor bitmap_sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_bitmask,
+                            const Tensor& row_offsets, const OptionalTensor& weight_scale,
+                            const OptionalTensor& bias,
+                            std::optional<int64_t> activation_group_size);
+
+Tensor pack_panels(const Tensor& weight, int64_t bits);
+Tensor unpack_panels(const Tensor& packed, int64_t bits, int64_t N, int64_t K);
+
+Tensors3 pack_bitmap_panels(const Tensor& weight, const Tensor& weight_bitmask,
+                            const Tensor& row_offsets, int64_t K);
+Tensors3 unpack_bitmap_panels(const Tensor& weight, const Tensor& weight_bitmask,
+                              const Tensor& panel_offsets, int64_t N, int64_t K);
+
+std::string cpu_isa();
+void set_cpu_isa(std::string isa);
+
+}  // namespace llmq

@@ -1,0 +1,105 @@
+// quantize_rows with AVX-512: two passes over a row or group, the second from the first-level cache.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#if !defined(__AVX512BW__) || !defined(__AVX512VL__)
+#error "setup.py gives this file its instruction set by its name: _avx512vnni"
+#endif
+
+namespace llmq {
+namespace {
+
+__mmask16 tail(int64_t left) {
+  return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+}
+
+template <Dtype dtype>
+struct Input {
+  using Element = uint16_t;
+  static __m512 load(const Element* x, __mmask16 mask) {
+    const __m256i half = _mm256_maskz_loadu_epi16(mask, x);
+    if constexpr (dtype == Dtype::f16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+};
+
+template <>
+struct Input<Dtype::f32> {
+  using Element = float;
+  static __m512 load(const Element* x, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, x); }
+};
+
+// As integers, magnitudes order like floats, with infinity and NaN on top.
+template <Dtype dtype>
+int32_t largest_magnitude(const typename Input<dtype>::Element* x, int64_t count) {
+  const __m512i sign = _mm512_set1_epi32(static_cast<int>(0x80000000));
+  __m512i a = _mm512_setzero_si512(), b = a;  // two chains hide the latency
+  int64_t k = 0;
+  const auto magnitude = [&](int64_t at, __mmask16 mask) {
+    return _mm512_andnot_si512(sign, _mm512_castps_si512(Input<dtype>::load(x + at, mask)));
+  };
+  for (; k + 32 <= count; k += 32) {
+    a = _mm512_max_epi32(a, magnitude(k, 0xffff));
+    b = _mm512_max_epi32(b, magnitude(k + 16, 0xffff));
+  }
+  for (; k < count; k += 16) a = _mm512_max_epi32(a, magnitude(k, tail(count - k)));
+  return _mm512_reduce_max_epi32(_mm512_max_epi32(a, b));
+}
+
+// Returns the sum of the codes.
+template <Dtype dtype>
+int32_t encode(const typename Input<dtype>::Element* x, int64_t count, float inverse,
+               int8_t* codes) {
+  const __m512 factor = _mm512_set1_ps(inverse);
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t k = 0; k < count; k += 16) {
+    const __mmask16 mask = tail(count - k);
+    const __m512i code =
+        _mm512_cvt_roundps_epi32(_mm512_mul_ps(Input<dtype>::load(x + k, mask), factor),
+                                 _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    sum = _mm512_add_epi32(sum, code);
+    _mm_mask_storeu_epi8(codes + k, mask, _mm512_cvtepi32_epi8(code));
+  }
+  return _mm512_reduce_add_epi32(sum);
+}
+
+void clear(int8_t* codes, int64_t count) {
+  for (int64_t k = 0; k < count; k += 16) {
+    _mm_mask_storeu_epi8(codes + k, tail(count - k), _mm_setzero_si128());
+  }
+}
+
+template <Dtype dtype>
+void quantize(const QuantizeRows& q) {
+  const int64_t groups = q.K == 0 ? 1 : q.K / q.group_size;
+  for (int64_t m = 0; m < q.rows; ++m) {
+    const auto* x = static_cast<const typename Input<dtype>::Element*>(q.x) + m * q.x_stride;
+    int8_t* codes = q.codes + m * q.codes_stride;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t k = g * q.group_size;
+      const int32_t largest = largest_magnitude<dtype>(x + k, q.group_size);
+      const float amax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(largest)));
+      const bool finite = largest < 0x7f800000;
+      int32_t sum = 0;
+      if (finite && amax > 1e-30f) {
+        sum = encode<dtype>(x + k, q.group_size, 127.0f / amax, codes + k);
+      } else {
+        clear(codes + k, q.group_size);
+      }
+      q.scale[m * groups + g] = finite ? amax / 127.0f : __builtin_nanf("");
+      if (q.offset != nullptr) q.offset[m * groups + g] = -128 * sum;
+    }
+    clear(codes + q.K, q.codes_columns - q.K);
+  }
+}
+
+}  // namespace
+
+void quantize_rows_avx512vnni(const QuantizeRows& q) {
+  if (q.dtype == Dtype::f32) return quantize<Dtype::f32>(q);
+  if (q.dtype == Dtype::bf16) return quantize<Dtype::bf16>(q);
+  quantize<Dtype::f16>(q);
+}
+
+}  // namespace llmq

@@ -1,0 +1,82 @@
+// quantize_rows in plain C++: the same codes, scales and sums as every other instruction set.
+#include <bit>
+#include <cmath>
+#include <limits>
+
+#include "kernels.h"
+
+#if defined(__AVX__)
+#error "portable kernels must run on any x86-64: build this file without -mavx… or -march=native"
+#endif
+
+namespace llmq {
+namespace {
+
+constexpr int64_t kChunk = 256;  // inputs converted to float32 at a time
+
+// As integers, magnitudes order like floats, with infinity and NaN on top.
+uint32_t largest_magnitude(const float* x, int64_t count, uint32_t largest) {
+  for (int64_t k = 0; k < count; ++k) {
+    const uint32_t magnitude = std::bit_cast<uint32_t>(x[k]) & 0x7fffffff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
+}
+
+// |x · inverse| ≤ 127 (1 + 2 ulp), so adding and taking away 1.5·2²³ rounds half to even.
+int32_t encode(const float* x, int64_t count, float inverse, int8_t* codes) {
+  int32_t sum = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    const int32_t code =
+        std::bit_cast<int32_t>(x[k] * inverse + 0x1.8p23f) - std::bit_cast<int32_t>(0x1.8p23f);
+    codes[k] = static_cast<int8_t>(code);
+    sum += code;
+  }
+  return sum;
+}
+
+const float* floats(const QuantizeRows& q, int64_t at, int64_t count, float* buffer) {
+  if (q.dtype == Dtype::f32) return static_cast<const float*>(q.x) + at;
+  to_float_portable(
+      {static_cast<const uint16_t*>(q.x) + at, count, buffer, count, 1, count, q.dtype});
+  return buffer;
+}
+
+}  // namespace
+
+void quantize_rows_portable(const QuantizeRows& q) {
+  const int64_t groups = q.K == 0 ? 1 : q.K / q.group_size;
+  float buffer[kChunk];
+  for (int64_t m = 0; m < q.rows; ++m) {
+    int8_t* codes = q.codes + m * q.codes_stride;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t begin = g * q.group_size, end = begin + q.group_size;
+      const auto each_chunk = [&](auto&& body) {
+        for (int64_t k = begin; k < end; k += kChunk) {
+          const int64_t count = end - k < kChunk ? end - k : kChunk;
+          body(floats(q, m * q.x_stride + k, count, buffer), k, count);
+        }
+      };
+      uint32_t largest = 0;
+      each_chunk([&](const float* x, int64_t, int64_t count) {
+        largest = largest_magnitude(x, count, largest);
+      });
+      const float amax = std::bit_cast<float>(largest);
+      const bool finite = largest < 0x7f800000;
+      const float inverse = finite && amax > 1e-30f ? 127.0f / amax : 0.0f;
+      int32_t sum = 0;
+      if (inverse == 0.0f) {
+        for (int64_t k = begin; k < end; ++k) codes[k] = 0;
+      } else {
+        each_chunk([&](const float* x, int64_t k, int64_t count) {
+          sum += encode(x, count, inverse, codes + k);
+        });
+      }
+      q.scale[m * groups + g] = finite ? amax / 127.0f : std::numeric_limits<float>::quiet_NaN();
+      if (q.offset != nullptr) q.offset[m * groups + g] = -128 * sum;
+    }
+    for (int64_t k = q.K; k < q.codes_columns; ++k) codes[k] = 0;
+  }
+}
+
+}  // namespace llmq
