@@ -211,7 +211,7 @@ def attach(
         reasons: by module name, why a layer was left alone.
         choice: a line on what the verb chose by itself.
     """
-    previous = getattr(model, "llmq_report", None)
+    previous: ModelReport | None = getattr(model, "llmq_report", None)  # type: ignore[assignment]
     known = {layer.name: layer for layer in previous.layers} if previous else {}
     report = ModelReport(choice=choice or (previous.choice if previous else ""))
     for name, module in model.named_modules():

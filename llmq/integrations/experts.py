@@ -85,14 +85,16 @@ class SplitExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Mix experts: hidden_states [M, K], top_k_index and top_k_weights [M, k] to [M, K]."""
         shell: Any = self.shell
+        first: Any = self._modules[self.first]
+        down: Any = self._modules["down_proj"]
         y = torch.zeros_like(hidden_states, dtype=torch.float32)
         for expert in torch.unique(top_k_index).tolist():
             if not 0 <= expert < shell.num_experts:
                 continue
             token, choice = torch.where(top_k_index == expert)
-            h = getattr(self, self.first)[expert](hidden_states[token])
+            h = first[expert](hidden_states[token])
             h = shell._apply_gate(h) if shell.has_gate else shell.act_fn(h)
-            h = self.down_proj[expert](h)
+            h = down[expert](h)
             if getattr(shell, "has_post_expert_norm", False):
                 h = shell.post_expert_norm(h)
             y.index_add_(0, token, (h * top_k_weights[token, choice, None]).float())

@@ -1,0 +1,270 @@
+"""Structured pruning: whole attention heads and MLP channels, so that matrices become smaller.
+
+A unit is a head (with grouped queries: a key-value head and its queries) or a channel (with
+group-wise quantization: a group of channels). Its score is the L2 norm of all weights that would
+go with it: its rows in the layers before and its columns in the layer after (the magnitude
+criterion of Li et al., arXiv:1608.08710, over both sides). Every layer of a kind keeps the same
+number of units, so shapes stay regular.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.algorithms.slicing import dense_weight, select, take
+from llmq.algorithms.units import Block, find, split_experts
+from llmq.integrations import experts, layouts
+from llmq.integrations import transformers as hf
+from llmq.nn import QuantLinear, SparseLinear
+from llmq.report import Change
+from llmq.walk import set_attributes
+
+
+def prune(model: nn.Module, rate: float, skipped: set[str]) -> tuple[dict[str, Change], str]:
+    """Drop the share `rate` of the heads and MLP channels of `model`, in place.
+
+    Args:
+        model: whose attention and MLPs are found by the names in `integrations/layouts.py`.
+        rate: in [0, 1).
+        skipped: names of layers to leave alone; an attention or MLP with one of them stays whole.
+
+    Returns:
+        What changed, by layer name, and a line that tells how many units stayed.
+
+    Raises:
+        ValueError: if nothing is found, or a layer cannot be sliced. The model is as it was.
+    """
+    blocks, whole = find(model, skipped)
+    if not blocks:
+        raise ValueError(
+            f"{type(model).__name__} has no attention or MLP whose layers are named as in BERT-, "
+            f'GPT-2-, Llama-, T5-, OPT- or Mixtral-like models; use pattern="unstructured"'
+        )
+    if rate == 0:
+        return {}, ""
+    _choose(blocks, rate)
+    changes: dict[str, Change] = {}
+    replacements: list[tuple[str, nn.Module]] = []
+    parameters: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for block in blocks:
+        if block.fused is not None:
+            parameters += _slice_fused(block)
+            continue
+        for name, side, layer, index in _merged(block):
+            rows, columns = (index, None) if side == "rows" else (None, index)
+            new = take(name, layer, rows=rows, columns=columns)
+            replacements.append((name, new))
+            changes[name] = _change(layer, new)
+        if block.bias is not None:
+            parameters += _slice_bias(block.bias[1], block.keep)
+    config_values = _config_values(model, blocks, whole)
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            places.setdefault(id(child), []).append((parent, attribute))
+    # From here on nothing can fail.
+    for name, layer in replacements:
+        for parent, attribute in places[id(model.get_submodule(name))]:
+            setattr(parent, attribute, layer)
+        if not isinstance(layer, (QuantLinear, SparseLinear)):
+            sizes = ("nx", "nf") if hf.is_conv1d(layer) else ("in_features", "out_features")
+            set_attributes(model, name, {size: getattr(layer, size) for size in sizes})
+    for module, attribute, parameter in parameters:
+        module._parameters[attribute] = parameter
+    for block in blocks:
+        if block.bias is not None:
+            set_attributes(model, block.bias[0], {"embedding_dim": len(block.keep)})
+        for name, attributes in block.attributes.items():
+            count = len(block.keep)
+            values = {a: round(per_unit * count) for a, per_unit in attributes.items()}
+            set_attributes(model, name, values)
+    for config, values in config_values:
+        for attribute, value in values.items():
+            setattr(config, attribute, value)
+    return changes, _summary(blocks)
+
+
+# -- choosing and slicing --------------------------------------------------------------------------
+
+
+def _choose(blocks: list[Block], rate: float) -> None:
+    """Set `keep` of each block: as many units in all blocks of a kind and size."""
+    by_size: dict[tuple[str, int], list[Block]] = {}
+    for block in blocks:
+        by_size.setdefault((block.kind, block.size), []).append(block)
+    for (kind, size), same in by_size.items():
+        step = 1 if kind == "heads" else _channel_step(size)
+        step = math.lcm(step, *(b.size // b.units * _activation_step(b) for b in same))
+        keep = max(step, math.floor(size * (1 - rate) / step + 0.5) * step)
+        scores: dict[str, Tensor] = {}
+        for block in same:
+            scores[block.key] = scores.get(block.key, 0) + _score(block)  # type: ignore[assignment]
+        for block in same:
+            count = min(block.units, keep // (block.size // block.units))
+            block.keep = scores[block.key].topk(count).indices.sort().values.cpu()
+
+
+def _channel_step(channels: int) -> int:
+    """Channels stay in multiples of this, so that groups and kernels still fit them."""
+    step = 64
+    while channels % step or channels // step < 8:
+        if step == 1:
+            break
+        step //= 2
+    return step
+
+
+def _activation_step(block: Block) -> int:
+    """Units that share an activation scale in the layer after."""
+    if block.fused is not None:
+        return 1
+    layer = block.slices[-1].layer
+    scheme = layer.scheme if isinstance(layer, (QuantLinear, SparseLinear)) else None
+    group = None if scheme is None else scheme.activation_group_size
+    unit = block.slices[-1].width
+    return 1 if group is None else group // math.gcd(group, unit)
+
+
+def _score(block: Block) -> Tensor:
+    """Return the sum of squares of each unit's weights, float64 [units]."""
+    if block.fused is None:
+        total = torch.zeros(block.units, dtype=torch.float64)
+        for part in block.slices:
+            total += part.scores(block.units).cpu()
+        return total
+    # Experts kept as one parameter keep as many channels each, but each its own: scored apart.
+    return torch.zeros(block.units, dtype=torch.float64)
+
+
+def _merged(block: Block) -> list[tuple[str, str, nn.Module, Tensor]]:
+    """Return name, side, layer and kept rows or columns of each layer, fused q, k, v in one."""
+    merged: dict[tuple[str, str], tuple[nn.Module, list[Tensor]]] = {}
+    for part in block.slices:
+        entry = merged.setdefault((part.name, part.side), (part.layer, []))
+        entry[1].append(part.index(block.keep))
+    return [
+        (name, side, layer, torch.cat(index).sort().values.to(next(layer.parameters()).device))
+        for (name, side), (layer, index) in merged.items()
+    ]
+
+
+def _slice_fused(block: Block) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    module = block.fused
+    assert module is not None
+    split = experts.SplitExperts.from_fused(module)
+    kept: dict[str, list[Tensor]] = {}
+    biases: list[Tensor] = []
+    for inner in split_experts(block.name, split):
+        score = _score(inner)
+        inner.keep = score.topk(len(block.keep)).indices.sort().values
+        for name, side, layer, index in _merged(inner):
+            attribute = name.split(".")[-2]
+            rows, columns = (index, None) if side == "rows" else (None, index)
+            new: Any = take(name, layer, rows=rows, columns=columns)
+            kept.setdefault(attribute, []).append(new.weight.detach())
+            if new.bias is not None and side == "rows":
+                biases.append(new.bias.detach())
+    result = []
+    for attribute, weights in kept.items():
+        stacked = torch.stack([w.T if module.is_transposed else w for w in weights]).contiguous()
+        old = module._parameters[attribute]
+        assert old is not None
+        result.append((module, attribute, nn.Parameter(stacked, old.requires_grad)))
+        if biases and attribute == split.first:
+            bias = nn.Parameter(torch.stack(biases), old.requires_grad)
+            result.append((module, f"{attribute}_bias", bias))
+    return result
+
+
+def _slice_bias(embedding: nn.Module, keep: Tensor) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    weight = embedding._parameters["weight"]
+    assert weight is not None
+    taken = select(weight.detach(), None, keep.to(weight.device))
+    return [(embedding, "weight", nn.Parameter(taken, weight.requires_grad))]
+
+
+def _change(before: nn.Module, after: nn.Module) -> Change:
+    old, new = dense_weight(before), dense_weight(after)
+    total = float(old.float().square().sum())
+    error = math.sqrt(max(0.0, 1 - float(new.float().square().sum()) / total)) if total else 0.0
+    size = sum(p.numel() * p.element_size() for p in before.parameters())
+    if isinstance(before, (QuantLinear, SparseLinear)):
+        size = before.bytes()
+    return Change(type(before).__name__, error, size, list(old.shape))
+
+
+# -- configurations --------------------------------------------------------------------------------
+
+
+def _config_values(
+    model: nn.Module, blocks: list[Block], whole: set[tuple[str, int]]
+) -> list[tuple[Any, dict[str, int]]]:
+    """Return what the model's configurations must say now, where they can say it.
+
+    A head count is told only where the size of a head has a field of its own and the
+    configuration finds the new count valid; else the modules' own integers tell it.
+    """
+    channels = {
+        block.size: len(block.keep) * (block.size // block.units)
+        for block in blocks
+        if block.kind == "channels" and ("channels", block.size) not in whole
+    }
+    heads = [block for block in blocks if block.kind == "heads"]
+    told = heads and all(block.in_config for block in heads)
+    told = told and not any(kind == "heads" for kind, _ in whole)
+    result = []
+    for config in hf.configs(model):
+        values = {}
+        for attribute in layouts.CONFIG_CHANNELS:
+            value = getattr(config, attribute, None)
+            if attribute == "n_inner" and hasattr(config, attribute) and value is None:
+                value = 4 * config.hidden_size  # GPT-2's default
+            if value in channels:
+                values[attribute] = channels[value]
+        if told and getattr(config, "num_attention_heads", None) == heads[0].size:
+            first = heads[0]
+            count = {"num_attention_heads": len(first.keep) * (first.size // first.units)}
+            if hasattr(config, "num_key_value_heads"):
+                count["num_key_value_heads"] = len(first.keep)
+            if not hasattr(config, "d_kv"):
+                count["head_dim"] = first.head_dim
+            if _is_valid(config, values | count):
+                values |= count
+            elif first.needs_config:
+                raise ValueError(
+                    f"{type(config).__name__} does not take {count}; choose another pruning_rate, "
+                    f"or name the attention layers in skip"
+                )
+        result.append((config, values))
+    return result
+
+
+def _is_valid(config: Any, values: dict[str, int]) -> bool:
+    trial = copy.deepcopy(config)
+    try:
+        for attribute, value in values.items():
+            setattr(trial, attribute, value)
+        if hasattr(trial, "validate"):
+            trial.validate()
+    except Exception:  # noqa: BLE001  (another library's own classes of errors)
+        return False
+    return True
+
+
+def _summary(blocks: list[Block]) -> str:
+    counts: dict[tuple[str, int, int], int] = {}
+    for block in blocks:
+        left = len(block.keep) * (block.size // block.units)
+        key = (block.kind, block.size, left)
+        counts[key] = counts.get(key, 0) + 1
+    parts = [
+        f"{kind} {size} -> {left} in {count} {'attention' if kind == 'heads' else 'MLP'} "
+        f"layer{'s' if count > 1 else ''}"
+        for (kind, size, left), count in counts.items()
+    ]
+    return "structured: " + ", ".join(parts)

@@ -1,0 +1,164 @@
+"""The verb `prune`: drops the weights that matter least, in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from llmq.algorithms import magnitude, structured
+from llmq.nn import QuantLinear, SparseLinear, linear_weight
+from llmq.report import Change, attach, relative_error
+from llmq.scheme import Pattern, parse_pattern
+from llmq.walk import Target, check_weight, find, swap
+
+_METHODS = ("magnitude",)
+
+
+def prune(
+    model: nn.Module,
+    pruning_rate: float = 0.5,
+    *,
+    pattern: str = "unstructured",
+    method: str = "magnitude",
+    data: Any = None,
+    skip: tuple[str, ...] | None = None,
+) -> nn.Module:
+    """Prune the linear layers of `model` in place and return it; the report is attached.
+
+    Works before and after `quantize`: int8 codes and scales of what stays are kept exactly. A
+    model can be pruned again, at a higher rate, in the same pattern. Embeddings are never pruned.
+
+    Args:
+        model: any module; for `"structured"` a Transformer whose layers are named as in
+            transformers' BERT-, GPT-2-, Llama-, T5- or Mixtral-like models.
+        pruning_rate: share of the weights of each layer to drop, in [0, 1).
+        pattern: `"unstructured"` (the smallest of each row), `"2:4"` (two of each four inputs,
+            rate 0.5), `"block"` or `"block-RxC"` (whole blocks, 32×32 by default), `"structured"`
+            (attention heads and MLP channels: the matrices themselves become smaller).
+        method: `"magnitude"`.
+        data: for methods that calibrate; `"magnitude"` takes none.
+        skip: patterns of layers to leave alone, as in `quantize`.
+
+    Raises:
+        ValueError: naming the layer, if its weight is not finite, the pattern does not divide it,
+            its scheme has no sparse form, or it is pruned already at a higher rate or in another
+            pattern; or if the rate is outside [0, 1). The model is then as it was.
+        TypeError: if an argument is of the wrong type.
+    """
+    rate = _check_rate(pruning_rate)
+    parsed = parse_pattern(pattern)
+    if method not in _METHODS:
+        raise ValueError(f"unknown method {method!r}; there is {', '.join(_METHODS)}")
+    if data is not None:
+        raise ValueError(f"method {method!r} uses no data; leave data=None")
+    if parsed.kind == "2:4" and rate != 0.5:
+        raise ValueError(f"pattern 2:4 drops two of each four: its rate is 0.5, got {rate}")
+    found = find(model, skip, embeddings=False)
+    if parsed.kind == "structured":
+        changes, choice = structured.prune(model, rate, set(found.reasons))
+        left = "no attention head or MLP channel of a known structure"
+        for group in found.groups:
+            for target in group:
+                found.reasons.setdefault(target.name, left)
+        attach(model, changes, found.reasons, choice)
+        return model
+    for group in found.groups:
+        for target in group:
+            _check(target, parsed, rate)
+    replacements: list[tuple[Target, nn.Module]] = []
+    changes = {}
+    groups = found.groups if rate > 0 else []
+    with tqdm(groups, desc="prune", unit="layer", delay=1, leave=False) as progress:
+        for group in progress:
+            first: SparseLinear | None = None
+            for target in group:
+                layer = _convert(target, parsed, rate)
+                if first is not None:
+                    _share(first, layer)
+                first = first or layer
+                replacements.append((target, layer))
+                changes[target.name] = _change(target, layer)
+    swap(model, found, replacements)
+    if rate == 0:
+        found.reasons.update({t.name: "pruning_rate=0" for group in found.groups for t in group})
+    attach(model, changes, found.reasons)
+    return model
+
+
+def _check_rate(rate: float) -> float:
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+        raise TypeError(f"pruning_rate must be a number in [0, 1), got {rate!r}")
+    if not 0 <= rate < 1:  # NaN fails too
+        raise ValueError(f"pruning_rate must be in [0, 1), got {rate}")
+    return float(rate)
+
+
+def _check(target: Target, pattern: Pattern, rate: float) -> None:
+    """Raise `ValueError` naming the layer if it cannot be pruned so."""
+    module, name = target.module, target.name
+    if isinstance(module, (QuantLinear, SparseLinear)):
+        scheme = module.scheme
+        if scheme is not None and (
+            scheme.bits != 8
+            or scheme.method != "uniform"
+            or not scheme.symmetric
+            or scheme.granularity == "group"
+        ):
+            raise ValueError(
+                f"{name} is {scheme.name}, which has no sparse form; prune a model that is w8a8, "
+                f"w8a8-g64, w8a16 or not quantized"
+            )
+        weight = module.dequantize()
+    else:
+        weight = linear_weight(module)[0]
+        check_weight(name, weight)
+    N, K = weight.shape
+    R, C = pattern.block if pattern.block else (1, 4 if pattern.kind == "2:4" else 1)
+    if N % R or K % C:
+        raise ValueError(
+            f"{name}: pattern {pattern.name} does not divide its weight [{N}, {K}]; name the layer "
+            f"in skip, or use 'block-RxC' with R dividing {N} and C dividing {K}"
+        )
+    if isinstance(module, SparseLinear):
+        if module.pattern != pattern.name:
+            raise ValueError(
+                f"{name} is already pruned in pattern {module.pattern} and cannot become "
+                f"{pattern.name}; prune the original model, or name the layer in skip"
+            )
+        gone = magnitude.pruned(module.mask())
+        if gone > magnitude.goal(weight, pattern, rate):
+            raise ValueError(
+                f"{name} is already pruned to {gone / weight.numel():.3f}; pruning_rate={rate} "
+                f"would bring weights back"
+            )
+
+
+def _convert(target: Target, pattern: Pattern, rate: float) -> SparseLinear:
+    module = target.module
+    kept = module.mask() if isinstance(module, SparseLinear) else None
+    if isinstance(module, (QuantLinear, SparseLinear)):
+        weight = module.dequantize()
+    else:
+        weight = linear_weight(module)[0]
+    mask = magnitude.mask(weight, pattern, rate, kept)
+    return SparseLinear.from_linear(module, pattern, mask=mask)
+
+
+def _share(first: SparseLinear, layer: SparseLinear) -> None:
+    """Let `layer` hold the tensors of `first`: both come from one weight."""
+    for name, parameter in first._parameters.items():
+        if name != "bias":
+            layer._parameters[name] = parameter
+
+
+def _change(target: Target, layer: SparseLinear) -> Change:
+    module = target.module
+    if isinstance(module, (QuantLinear, SparseLinear)):
+        return Change(
+            target.kind, relative_error(module.dequantize(), layer.dequantize()), module.bytes()
+        )
+    weight, bias = linear_weight(module)
+    size = sum(t.numel() * t.element_size() for t in (weight, bias) if t is not None)
+    return Change(target.kind, relative_error(weight, layer.dequantize()), size)
