@@ -10,7 +10,7 @@
 namespace llmq {
 namespace {
 
-constexpr int64_t kTokens = 6;
+constexpr int64_t kAhead = 1024;  // bytes of a panel to prefetch ahead
 
 __mmask16 tail(int64_t left) {
   return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
@@ -22,75 +22,102 @@ __m512i broadcast4(const int8_t* x) {
   return _mm512_set1_epi32(four);
 }
 
+// sums += 4 products u8 · s8 a lane. Not the intrinsic: around it GCC 12 copies every accumulator and
+// keeps 24 of them in memory too.
+void dot4(__m512i& sums, __m512i weight, __m512i x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weight), "v"(x));
+}
+
+template <int P, int T>
+struct Dots {
+  __m512i of[P][T];
+};
+
+// Adds `blocks` blocks of P panels × T tokens.
+template <int P, int T>
+[[gnu::always_inline]] inline void add_blocks(Dots<P, T>& dots, const uint8_t* weight,
+                                              int64_t panel_bytes, const int8_t* x,
+                                              int64_t x_stride, int64_t blocks) {
+  for (int64_t i = 0; i < blocks; ++i) {
+    __m512i w[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      w[p] = _mm512_loadu_si512(weight + p * panel_bytes);
+      if constexpr (T <= 4) _mm_prefetch(weight + p * panel_bytes + kAhead, _MM_HINT_T0);
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) {
+      const __m512i a = broadcast4(x + t * x_stride);
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) dot4(dots.of[p][t], w[p], a);
+    }
+    weight += kBlockBytes;
+    x += 4;
+  }
+}
+
 template <int P, int T>
 void tile(const Int8Gemm& g, int64_t n, int64_t m) {
   const uint8_t* weight = g.weight + n * g.K4 * 4;
   const int64_t panel_bytes = g.K4 * kBlockBytes, group_blocks = g.K4 / g.groups;
   const int8_t* x = g.x + m * g.x_stride;
-  __m512i dot[P][T];
   __m512 sum[P][T];
-  for (int p = 0; p < P; ++p)
-    for (int t = 0; t < T; ++t) sum[p][t] = _mm512_setzero_ps();
   for (int64_t group = 0; group < g.groups; ++group) {
+    Dots<P, T> dots;
+#pragma GCC unroll 16
     for (int t = 0; t < T; ++t) {
       const __m512i offset = _mm512_set1_epi32(g.x_offset[(m + t) * g.groups + group]);
-      for (int p = 0; p < P; ++p) dot[p][t] = offset;
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) dots.of[p][t] = offset;
     }
-    for (int64_t i = group * group_blocks; i < (group + 1) * group_blocks; ++i) {
-      __m512i w[P];
-      for (int p = 0; p < P; ++p)
-        w[p] = _mm512_loadu_si512(weight + p * panel_bytes + i * kBlockBytes);
-      for (int t = 0; t < T; ++t) {
-        const __m512i a = broadcast4(x + t * g.x_stride + 4 * i);
-        for (int p = 0; p < P; ++p) dot[p][t] = _mm512_dpbusd_epi32(dot[p][t], w[p], a);
-      }
-    }
+    add_blocks(dots, weight, panel_bytes, x, g.x_stride, group_blocks);
+    weight += group_blocks * kBlockBytes;
+    x += group_blocks * 4;
+#pragma GCC unroll 16
     for (int t = 0; t < T; ++t) {
       const __m512 scale = _mm512_set1_ps(g.x_scale[(m + t) * g.groups + group]);
-      for (int p = 0; p < P; ++p)
-        sum[p][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[p][t]), scale, sum[p][t]);
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) {
+        const __m512 dot = _mm512_cvtepi32_ps(dots.of[p][t]);
+        sum[p][t] = group == 0 ? _mm512_mul_ps(dot, scale) : _mm512_fmadd_ps(dot, scale, sum[p][t]);
+      }
     }
   }
+#pragma GCC unroll 8
   for (int p = 0; p < P; ++p) {
     const int64_t at = n + p * kPanel;
     const __mmask16 mask = tail(g.N - at);
     const __m512 scale = _mm512_maskz_loadu_ps(mask, g.weight_scale + at);
     const __m512 bias =
         g.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, g.bias + at);
-    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) {
       _mm512_mask_storeu_ps(g.y + (m + t) * g.y_stride + at, mask,
                             _mm512_fmadd_ps(sum[p][t], scale, bias));
+    }
   }
 }
 
+using Tile = void(const Int8Gemm&, int64_t n, int64_t m);
 template <int P>
-void tokens(const Int8Gemm& g, int64_t n, int64_t m, int64_t count) {
-  switch (count) {
-    case 1:
-      return tile<P, 1>(g, n, m);
-    case 2:
-      return tile<P, 2>(g, n, m);
-    case 3:
-      return tile<P, 3>(g, n, m);
-    case 4:
-      return tile<P, 4>(g, n, m);
-    case 5:
-      return tile<P, 5>(g, n, m);
-    default:
-      return tile<P, 6>(g, n, m);
-  }
-}
+constexpr Tile* kTiles[] = {nullptr,    tile<P, 1>, tile<P, 2>, tile<P, 3>,
+                            tile<P, 4>, tile<P, 5>, tile<P, 6>};
+
+constexpr int64_t kTokens = 6;
 
 }  // namespace
 
 void int8_gemm_avx512vnni(const Int8Gemm& g) {
+  // M tokens in as few tiles as will do, of sizes that differ by at most one.
+  const int64_t tiles = ceil_div(g.M, kTokens);
   for (int64_t n = 0; n < g.N;) {
-    const int64_t left = ceil_div(g.N - n, kPanel);
-    for (int64_t m = 0; m < g.M; m += kTokens) {
-      const int64_t count = g.M - m < kTokens ? g.M - m : kTokens;
-      (left >= 4 ? tokens<4> : tokens<1>)(g, n, m, count);
+    const bool four = g.N - n > 3 * kPanel;
+    for (int64_t i = 0, m = 0; i < tiles; ++i) {
+      const int64_t count = (g.M - m) / (tiles - i);
+      (four ? kTiles<4> : kTiles<1>)[count](g, n, m);
+      m += count;
     }
-    n += (left >= 4 ? 4 : 1) * kPanel;
+    n += (four ? 4 : 1) * kPanel;
   }
 }
 
