@@ -15,9 +15,27 @@ namespace llmq {
   fn* family() { return family##_portable; }
 #endif
 
+// Instruction sets that do without a family, or share a kernel with another.
+static constexpr SplitRowsFn* split_rows_portable = nullptr;
+#if defined(__x86_64__)
+static constexpr SplitRowsFn* split_rows_avx2 = nullptr;
+static constexpr WeightOnlyPanelFn* weight_only_gemv_avx512vnni = nullptr;
+static constexpr PanelScalesFn* panel_scales_avx2 = panel_scales_portable;
+#endif
+
 LLMQ_FAMILY(ConvertRowsFn, to_float)
 LLMQ_FAMILY(ConvertRowsFn, from_float)
 LLMQ_FAMILY(QuantizeRowsFn, quantize_rows)
 LLMQ_FAMILY(Int8GemmFn, int8_gemm)
+LLMQ_FAMILY(BitmapGemmFn, bitmap_gemm)
+LLMQ_FAMILY(BitmapExpandFn, bitmap_expand)
+LLMQ_FAMILY(PanelScalesFn, panel_scales)
+LLMQ_FAMILY(SplitRowsFn, split_rows)
+LLMQ_FAMILY(WeightOnlyInt8GemmFn, weight_only_int8_gemm)
+LLMQ_FAMILY(WeightOnlyPanelFn, weight_only_dequantize)
+LLMQ_FAMILY(WeightOnlyPanelFn, weight_only_gemv)
+LLMQ_FAMILY(CodebookPanelFn, codebook_dequantize)
+LLMQ_FAMILY(CodebookPanelFn, codebook_gemv)
+LLMQ_FAMILY(PanelGemmFn, panel_gemm)
 
 }  // namespace llmq

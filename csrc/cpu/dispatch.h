@@ -10,5 +10,15 @@ ConvertRowsFn* to_float();
 ConvertRowsFn* from_float();
 QuantizeRowsFn* quantize_rows();
 Int8GemmFn* int8_gemm();
+BitmapGemmFn* bitmap_gemm();
+BitmapExpandFn* bitmap_expand();
+PanelScalesFn* panel_scales();
+SplitRowsFn* split_rows();  // null where float activations are multiplied as floats
+WeightOnlyInt8GemmFn* weight_only_int8_gemm();
+WeightOnlyPanelFn* weight_only_dequantize();
+WeightOnlyPanelFn* weight_only_gemv();  // null where split_rows is not
+CodebookPanelFn* codebook_dequantize();
+CodebookPanelFn* codebook_gemv();
+PanelGemmFn* panel_gemm();
 
 }  // namespace llmq

@@ -33,7 +33,10 @@ template <class... Parts>
 // One buffer a thread and slot, which grows to the largest call and is kept, so that a steady state
 // allocates nothing. A slot's memory is valid until the same thread asks for that slot again;
 // worker threads may read what the calling thread holds.
-enum class Slot : int { codes, code_scale, code_offset, x, bias, y, weight, extra, count };
+enum class Slot : int {
+  codes, code_scale, code_offset, x, bias, y, weight, extra,
+  tile_x, tile_scale, tile_sum, panel, count
+};
 
 void* scratch_bytes(Slot slot, int64_t bytes);  // 64-byte aligned
 

@@ -77,6 +77,32 @@ struct Int8Gemm {
 using Int8GemmFn = void(const Int8Gemm&);
 Int8GemmFn int8_gemm_portable, int8_gemm_avx2, int8_gemm_avx512vnni;
 
+// -- bitmap_gemm: int8_gemm without the weights that were pruned ------------------------------------
+// The 64 bytes of a panels8 block are kept as a mask, little endian (bit 4·lane + j), and the bytes
+// whose bit is set, in order; an absent byte stands for 0x80, code 0:
+//
+//     mask    [P, K4, 8]          0b…1101    0b…0110      blocks of one panel
+//     weight  kept bytes          a b c      d e          panel after panel, then 64 bytes of padding
+//                                 a 80 b c   80 d e 80    what they stand for
+struct BitmapGemm {
+  Int8Gemm dense;        // its weight: the kept bytes; its M: at most kBitmapTokens
+  const uint8_t* mask;   // [ceil(N/16), K4, 8]
+  const int64_t* start;  // [ceil(N/16)] where each panel's kept bytes begin
+};
+inline constexpr int64_t kBitmapTokens = 6;  // as many as stay in registers while weights pass once
+using BitmapGemmFn = void(const BitmapGemm&);
+BitmapGemmFn bitmap_gemm_portable, bitmap_gemm_avx2, bitmap_gemm_avx512vnni;
+
+// Writes consecutive blocks out as panels8, for int8_gemm to run over many tokens.
+struct BitmapExpand {
+  const uint8_t* weight;
+  const uint8_t* mask;  // [blocks, 8]
+  int64_t blocks;
+  uint8_t* panels;  // [blocks, 64]
+};
+using BitmapExpandFn = void(const BitmapExpand&);
+BitmapExpandFn bitmap_expand_portable, bitmap_expand_avx2, bitmap_expand_avx512vnni;
+
 // -- grouped weights: weight_only_linear and codebook_linear ----------------------------------------
 // Their kernels take one panel and a tile of up to kTile rows whose inputs lie side by side, so that
 // one pointer walks x and each weight, once in a register, serves every row:
@@ -98,7 +124,7 @@ using PanelScalesFn = void(const PanelScales&);
 PanelScalesFn panel_scales_portable, panel_scales_avx512vnni;
 
 // Splits float32 rows into three int8 digits an input: x ≈ scale · (65536·a + 256·b + c), where
-// scale = max|x| / 0x7f7f7f a segment. Returns false if a row is beyond what they can hold: NaN,
+// scale = max|x| / 0x7f7f00 a segment. Returns false if a row is beyond what they can hold: NaN,
 // infinity, or a segment whose max|x| is over 1e30 or under 1e-30 without being zero.
 struct SplitRows {
   const float* x;  // [rows, x_stride]

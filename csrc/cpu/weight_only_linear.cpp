@@ -1,10 +1,235 @@
+// weight_only_linear: w = (q − zero_point) · scale[n, k / group], 8 or 4 bits; x as floats, or
+// quantized to int8. Where the instruction set can, floats too are multiplied as int8 digits.
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+
+#include "dispatch.h"
 #include "driver.h"
+#include "tiles.h"
 
 namespace llmq {
+namespace {
 
-Tensor weight_only_linear(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                          const OptionalTensor&, int64_t, std::optional<int64_t>) {
-  fail("weight_only_linear", "not built");
+constexpr const char* kOp = "weight_only_linear";
+
+// 255 · 127 · 2^14 < 2^29: the int32 dot of a segment of that many inputs cannot overflow.
+constexpr int64_t kLongestSegment = 1 << 14;
+
+// Inputs that share a scale when floats are split: short enough that an outlier costs few others.
+constexpr int64_t kSplitSegment = 256;
+
+struct Weight {
+  const uint8_t* panels;
+  const float* scale;        // [N, groups]
+  const int8_t* zero_point;  // [N, groups] or null
+  int64_t bits, N, K, groups;
+
+  int64_t group() const { return K / groups; }
+  int64_t block() const { return 32 / bits; }  // inputs of a block of a panel
+  int64_t panel_bytes() const { return ceil_div(K, block()) * kBlockBytes; }
+};
+
+// A panel with its scales and zero points turned into Slot::panel of this thread.
+struct Panel {
+  const uint8_t* weight;
+  const float* scale;
+  const int32_t* zero;
+};
+
+Panel prepare(const Weight& w, int64_t panel) {
+  float* const scale = scratch<float>(Slot::panel, 2 * w.groups * kPanel);
+  auto* const zero = reinterpret_cast<int32_t*>(scale + w.groups * kPanel);
+  const int64_t first = panel * kPanel;
+  panel_scales()({.scale = w.scale + first * w.groups,
+                  .zero_point = w.zero_point == nullptr ? nullptr : w.zero_point + first * w.groups,
+                  .lanes = std::min(kPanel, w.N - first),
+                  .groups = w.groups,
+                  .bits = static_cast<int>(w.bits),
+                  .scale_panel = scale,
+                  .zero_panel = zero});
+  return {w.panels + panel * w.panel_bytes(), scale, zero};
+}
+
+// The longest segment within both kinds of group and `limit`, a power of two.
+int64_t segment_of(int64_t K, int64_t weight_group, int64_t x_group, int64_t limit) {
+  const int64_t segment = std::gcd(weight_group, x_group);
+  if (segment <= limit) return segment;
+  return segment == K ? limit : std::gcd(segment, limit);
+}
+
+// int8 rows of x, `digits` a token, before they are cut into tiles.
+struct Codes {
+  const int8_t* codes;  // [tokens · digits, stride], zero up to whole blocks
+  int64_t stride;
+  const float* scale;  // [tokens · digits, groups]
+  int64_t groups, group;
+  int64_t tokens, digits;
+};
+
+struct CodeTiles {
+  int8_t* x;     // tile t at begin(t) · digits · width
+  float* scale;  // tile t at begin(t) · digits · segments
+  int32_t* sum;  // likewise
+  int64_t width, segments;
+};
+
+CodeTiles cut(const Codes& c, const Tiles& tiles, int64_t K, int64_t segment) {
+  const int64_t width = round_up(K, 8), segments = ceil_div(K, segment);
+  const int64_t rows = c.tokens * c.digits;
+  const CodeTiles out{scratch<int8_t>(Slot::tile_x, rows * width),
+                      scratch<float>(Slot::tile_scale, rows * segments),
+                      scratch<int32_t>(Slot::tile_sum, rows * segments), width, segments};
+  parallel_rows(tiles.count, K * kTile, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t row = tiles.begin(t) * c.digits, size = tiles.size(t) * c.digits;
+      for (int64_t r = 0; r < size; ++r) {
+        const int8_t* const codes = c.codes + (row + r) * c.stride;
+        int8_t* const x = out.x + row * width + r * 4;
+        for (int64_t k = 0; k < width; k += 4) std::memcpy(x + k * size, codes + k, 4);
+        for (int64_t s = 0; s < segments; ++s) {
+          const int64_t first = s * segment, last = std::min(K, first + segment);
+          int32_t sum = 0;
+          for (int64_t k = first; k < last; ++k) sum -= codes[k];
+          out.sum[row * segments + s * size + r] = sum;
+          out.scale[row * segments + s * size + r] =
+              c.scale[(row + r) * c.groups + first / c.group];
+        }
+      }
+    }
+  });
+  return out;
+}
+
+void run_codes(const Weight& w, const Codes& c, int64_t segment, const Result& result) {
+  const Tiles tiles(c.tokens, kTile / c.digits);
+  const CodeTiles x = cut(c, tiles, w.K, segment);
+  const bool blocks = x.segments == 1 || segment % w.block() == 0;
+  WeightOnlyInt8GemmFn* const kernel =
+      blocks ? weight_only_int8_gemm() : weight_only_int8_gemm_portable;
+  const int64_t products = c.tokens * c.digits * w.K * kPanel;
+  for_panels(ceil_div(w.N, kPanel), products, [&](int64_t panel) {
+    const Panel ready = prepare(w, panel);
+    alignas(64) float y[kTile * kPanel];
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const int64_t row = tiles.begin(t) * c.digits;
+      kernel({.weight = ready.weight,
+              .bits = static_cast<int>(w.bits),
+              .scale = ready.scale,
+              .zero = ready.zero,
+              .K = w.K,
+              .segment = segment,
+              .segments_per_group = w.groups == 1 ? x.segments : w.group() / segment,
+              .x = x.x + row * x.width,
+              .x_scale = x.scale + row * x.segments,
+              .x_sum = x.sum + row * x.segments,
+              .rows = tiles.size(t) * c.digits,
+              .y = y});
+      result.put(y, c.digits, tiles.begin(t), tiles.size(t), panel);
+    }
+  });
+}
+
+// Floats as three int8 digits. Returns false, having done nothing, where they cannot hold x.
+bool run_split(const Weight& w, const Rows& x, int64_t m, const Result& result) {
+  const int64_t segment = segment_of(w.K, w.group(), w.K, kSplitSegment);
+  if (w.groups > 1 && segment % w.block() != 0) return false;
+  const int64_t segments = ceil_div(w.K, segment), stride = round_up(w.K, 8);
+  const float* const rows = float_rows(x, m, result.rows);
+  auto* const digits = scratch<int8_t>(Slot::codes, result.rows * 3 * stride);
+  auto* const scale = scratch<float>(Slot::code_scale, result.rows * 3 * segments);
+  if (!split_rows()({rows, w.K, result.rows, w.K, segment, digits, stride, stride, scale})) {
+    return false;
+  }
+  run_codes(w, {digits, stride, scale, segments, segment, result.rows, 3}, segment, result);
+  return true;
+}
+
+void run_float(const Weight& w, const Rows& x, int64_t m, const Result& result) {
+  const bool blocks = w.groups == 1 || w.group() % w.block() == 0;
+  WeightOnlyPanelFn* const gemv = blocks ? weight_only_gemv() : weight_only_gemv_portable;
+  WeightOnlyPanelFn* const dequantize =
+      blocks ? weight_only_dequantize() : weight_only_dequantize_portable;
+  const auto call = [&](const Panel& p) {
+    return WeightOnlyPanel{.weight = p.weight,
+                           .bits = static_cast<int>(w.bits),
+                           .scale = p.scale,
+                           .zero = p.zero,
+                           .K = w.K,
+                           .group = w.group(),
+                           .k = 0,
+                           .count = w.K,
+                           .dense = nullptr,
+                           .x = nullptr,
+                           .y = nullptr};
+  };
+  float_panels(
+      x, m, result, gemv != nullptr, panel_gemm(),
+      [&](int64_t panel) { return call(prepare(w, panel)); },
+      [&](WeightOnlyPanel p, const float* inputs, float* y) {
+        p.x = inputs;
+        p.y = y;
+        gemv(p);
+      },
+      [&](WeightOnlyPanel p, int64_t k, int64_t count, float* dense) {
+        p.k = k;
+        p.count = count;
+        p.dense = dense;
+        dequantize(p);
+      });
+}
+
+}  // namespace
+
+Tensor weight_only_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                          const OptionalTensor& weight_zero_point, const OptionalTensor& bias,
+                          int64_t bits, std::optional<int64_t> activation_group_size) {
+  const Rows rows = rows_of(kOp, x);
+  LLMQ_CHECK(weight_scale.dim() == 2, kOp, "weight_scale must be [N, groups]");
+  const int64_t M = rows.M, N = weight_scale.size(0), K = rows.K, groups = weight_scale.size(1);
+  LLMQ_CHECK(groups > 0 && K % groups == 0, kOp, "weight_scale has ", groups,
+             " groups, which do not divide K=", K);
+  Weight w{panels(kOp, weight, bits, N, K),
+           float_data(kOp, "weight_scale", weight_scale),
+           nullptr,
+           bits,
+           N,
+           K,
+           groups};
+  if (weight_zero_point.has_value()) {
+    const Tensor& zero = *weight_zero_point;
+    LLMQ_CHECK(zero.scalar_type() == ScalarType::Char && zero.dim() == 2 && zero.size(0) == N &&
+                   zero.size(1) == groups && zero.is_contiguous(),
+               kOp, "weight_zero_point must be contiguous int8 [", N, ", ", groups, "]");
+    w.zero_point = static_cast<const int8_t*>(zero.const_data_ptr());
+  }
+  const int64_t x_group = activation_group_size.value_or(0);
+  check_group(kOp, x_group, K);
+  const float* const biases = float_bias(kOp, bias, N);
+  const Tensor y = empty_output(rows, N);
+  if (M == 0 || N == 0) return y;
+  announce(kOp, M, N, K);
+
+  const bool codes = activation_group_size.has_value(), split = split_rows() != nullptr;
+  const int64_t pass = !codes && split ? kPassRows / 3 : kPassRows;
+  for (int64_t m = 0; m < M; m += pass) {
+    const Result result(y, rows, m, std::min(pass, M - m), N, biases);
+    if (K == 0) {
+      const float nothing[kPanel] = {};
+      for (int64_t i = 0; i < result.rows * ceil_div(N, kPanel); ++i) {
+        result.put(nothing, 1, i % result.rows, 1, i / result.rows);
+      }
+    } else if (codes) {
+      const Activations a = quantize(rows, m, result.rows, x_group);
+      const int64_t group = x_group == 0 ? K : x_group;
+      run_codes(w, {a.codes, a.stride, a.scale, a.groups, group, result.rows, 1},
+                segment_of(K, w.group(), group, kLongestSegment), result);
+    } else if (!split || !run_split(w, rows, m, result)) {
+      run_float(w, rows, m, result);
+    }
+    result.store();
+  }
+  return y;
 }
 
 }  // namespace llmq

@@ -1,0 +1,130 @@
+// codebook_linear on AVX-512 with VBMI: w = codebook[code] · scale, looked up for 16 outputs at
+// once.
+//
+// 4 bits: the table is one register; vpermps reads the low 4 bits of each word, so a code needs a
+// shift and neither mask nor conversion: 3 instructions for 16 weights.
+// 8 bits: byte i of all 64 codes of a block at once, from 256 bytes in 4 registers (2 vpermi2b and
+// a blend), 4 times, then two rounds of interleaving make floats of them: 22 instructions for 64
+// weights. The codes are first transposed 4 × 4 a quarter so that the floats come out by input.
+// Several rows share dequantized weights (panel_gemm, 12 rows × 16 outputs in 12 accumulators).
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace llmq {
+namespace {
+
+constexpr int64_t kAhead = 1024;  // bytes between the block in use and the one to fetch
+
+template <int kBits>
+struct Table;
+
+template <>
+struct Table<4> {
+  explicit Table(const CodebookPanel& p) : values(_mm512_loadu_ps(p.codebook)) {}
+  void operator()(__m512i block, __m512 (&out)[8]) const {
+    for (int j = 0; j < 8; ++j) {
+      const __m512i code = _mm512_srli_epi32(block, 8 * (j % 4) + 4 * (j / 4));
+      out[j] = _mm512_permutexvar_ps(code, values);
+    }
+  }
+  __m512 values;
+};
+
+template <>
+struct Table<8> {
+  explicit Table(const CodebookPanel& p) {
+    for (int i = 0; i < 16; ++i) planes[i / 4][i % 4] = _mm512_loadu_si512(p.planes + 64 * i);
+  }
+  void operator()(__m512i block, __m512 (&out)[4]) const {
+    const __m512i by_input =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m512i code = _mm512_shuffle_epi8(block, by_input);
+    const __mmask64 upper = _mm512_movepi8_mask(code);
+    __m512i byte[4];
+    for (int i = 0; i < 4; ++i) {
+      const __m512i low = _mm512_permutex2var_epi8(planes[i][0], code, planes[i][1]);
+      const __m512i high = _mm512_permutex2var_epi8(planes[i][2], code, planes[i][3]);
+      byte[i] = _mm512_mask_blend_epi8(upper, low, high);
+    }
+    const __m512i low01 = _mm512_unpacklo_epi8(byte[0], byte[1]);
+    const __m512i low23 = _mm512_unpacklo_epi8(byte[2], byte[3]);
+    const __m512i high01 = _mm512_unpackhi_epi8(byte[0], byte[1]);
+    const __m512i high23 = _mm512_unpackhi_epi8(byte[2], byte[3]);
+    out[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low01, low23));
+    out[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low01, low23));
+    out[2] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(high01, high23));
+    out[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(high01, high23));
+  }
+  __m512i planes[4][4];
+};
+
+template <int kBits>
+void gemv(const CodebookPanel& p) {
+  constexpr int kInputs = 32 / kBits;
+  const Table<kBits> table(p);
+  __m512 y = _mm512_setzero_ps();
+  const uint8_t* weight = p.weight;
+  for (int64_t k = 0, g = 0; k < p.K; k += p.group, g += kPanel) {
+    // Four chains hide the FMA's latency of 4 cycles.
+    __m512 sum[4];
+    for (auto& chain : sum) chain = _mm512_setzero_ps();
+    for (int64_t i = k; i < k + p.group; i += kInputs, weight += kBlockBytes) {
+      _mm_prefetch(reinterpret_cast<const char*>(weight + kAhead), _MM_HINT_T0);
+      __m512 value[kInputs];
+      table(_mm512_loadu_si512(weight), value);
+      for (int j = 0; j < kInputs; ++j) {
+        sum[j % 4] = _mm512_fmadd_ps(value[j], _mm512_set1_ps(p.x[i + j]), sum[j % 4]);
+      }
+    }
+    const __m512 total =
+        _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
+    y = _mm512_fmadd_ps(total, _mm512_loadu_ps(p.scale + g), y);
+  }
+  _mm512_storeu_ps(p.y, y);
+}
+
+template <int kBits>
+void dequantize(const CodebookPanel& p) {
+  constexpr int kInputs = 32 / kBits;
+  const Table<kBits> table(p);
+  float* dense = p.dense;
+  for (int64_t k = p.k; k < p.k + p.count; k += kInputs, dense += kInputs * kPanel) {
+    const __m512 scale = _mm512_loadu_ps(p.scale + k / p.group * kPanel);
+    __m512 value[kInputs];
+    table(_mm512_loadu_si512(p.weight + k / kInputs * kBlockBytes), value);
+    for (int j = 0; j < kInputs; ++j) {
+      _mm512_storeu_ps(dense + j * kPanel, _mm512_mul_ps(value[j], scale));
+    }
+  }
+}
+
+template <int kRows>
+void panel_gemm(const PanelGemm& g) {
+  const float* x = g.x;
+  __m512 sum[kRows];
+  for (int r = 0; r < kRows; ++r) sum[r] = _mm512_loadu_ps(g.y + r * kPanel);
+  for (int64_t k = 0; k < g.K; ++k, x += kRows) {
+    const __m512 weight = _mm512_loadu_ps(g.dense + k * kPanel);
+    for (int r = 0; r < kRows; ++r) sum[r] = _mm512_fmadd_ps(weight, _mm512_set1_ps(x[r]), sum[r]);
+  }
+  for (int r = 0; r < kRows; ++r) _mm512_storeu_ps(g.y + r * kPanel, sum[r]);
+}
+
+}  // namespace
+
+void codebook_gemv_avx512vnni(const CodebookPanel& p) { p.bits == 8 ? gemv<8>(p) : gemv<4>(p); }
+
+void codebook_dequantize_avx512vnni(const CodebookPanel& p) {
+  p.bits == 8 ? dequantize<8>(p) : dequantize<4>(p);
+}
+
+void panel_gemm_avx512vnni(const PanelGemm& g) {
+  using Fn = void(const PanelGemm&);
+  static constexpr Fn* kRows[kTile] = {
+      panel_gemm<1>, panel_gemm<2>, panel_gemm<3>, panel_gemm<4>,  panel_gemm<5>,  panel_gemm<6>,
+      panel_gemm<7>, panel_gemm<8>, panel_gemm<9>, panel_gemm<10>, panel_gemm<11>, panel_gemm<12>};
+  kRows[g.rows - 1](g);
+}
+
+}  // namespace llmq

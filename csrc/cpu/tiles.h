@@ -1,0 +1,86 @@
+// What weight_only_linear and codebook_linear share: rows cut into tiles whose inputs lie side by
+// side, the float path, results on their way out, panels over threads.
+#pragma once
+
+#include <algorithm>
+
+#include "driver.h"
+
+namespace llmq {
+
+// Rows cut as evenly as can be into as few tiles of at most `limit` as will do.
+struct Tiles {
+  Tiles(int64_t rows, int64_t limit) : rows(rows), count(ceil_div(rows, limit)) {}
+  int64_t begin(int64_t tile) const { return tile * rows / count; }
+  int64_t size(int64_t tile) const { return begin(tile + 1) - begin(tile); }
+
+  int64_t rows, count;
+};
+
+// y [rows, N] of one pass in float32: the output itself, or scratch that `store` converts into it.
+struct Result {
+  Result(const Tensor& y, const Rows& x, int64_t m, int64_t rows, int64_t N, const float* bias);
+  void store() const;
+  // Adds the `digits` rows of each token of a panel's tile and the bias, and writes the tokens.
+  void put(const float* tile, int64_t digits, int64_t token, int64_t tokens, int64_t panel) const;
+
+  char* target;
+  float* y;
+  const float* bias;
+  Dtype dtype;
+  int64_t rows, N;
+};
+
+// Calls body(panel) for each of the panels, over threads where `products` a panel make it pay.
+template <class Body>
+void for_panels(int64_t panels, int64_t products, const Body& body) {
+  constexpr int64_t kGrain = 1 << 18;  // a thread's start costs about as much as that many products
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) body(p);
+  };
+  if (panels * products <= kGrain) {
+    run(0, panels);
+  } else {
+    torch::stable::parallel_for(0, panels, ceil_div(kGrain, products + 1), run);
+  }
+}
+
+// Tokens a pass: bounds the scratch and keeps x in the second-level cache; a whole number of tiles.
+inline constexpr int64_t kPassRows = 20 * kTile;
+
+// x's rows m … m + rows as float tiles in Slot::tile_x: tile t at begin(t) · round_up(K, 8).
+const float* float_tiles(const Rows& x, int64_t m, const Tiles& tiles);
+
+// The float path. prepare(panel) makes the panel's scales ready in Slot::panel of its thread and
+// returns what gemv(state, x, y) and dequantize(state, k, count, dense) take; gemv may be absent.
+inline constexpr int64_t kChunk = 256;  // inputs dequantized at a time: 16 KiB, half of a small L1
+
+template <class Prepare, class Gemv, class Dequantize>
+void float_panels(const Rows& x, int64_t m, const Result& result, bool has_gemv, PanelGemmFn* gemm,
+                  const Prepare& prepare, const Gemv& gemv, const Dequantize& dequantize) {
+  const Tiles tiles(result.rows, kTile);
+  const float* const inputs = float_tiles(x, m, tiles);
+  const int64_t K = x.K, stride = round_up(K, 8);
+  for_panels(ceil_div(result.N, kPanel), result.rows * K * kPanel, [&](int64_t panel) {
+    const auto state = prepare(panel);
+    if (result.rows == 1 && has_gemv) {
+      alignas(64) float y[kPanel];
+      gemv(state, inputs, y);
+      return result.put(y, 1, 0, 1, panel);
+    }
+    alignas(64) float dense[kChunk * kPanel];
+    alignas(64) float y[kPassRows * kPanel];
+    std::fill(y, y + result.rows * kPanel, 0.0f);
+    for (int64_t k = 0; k < K; k += kChunk) {
+      const int64_t count = std::min(kChunk, K - k);
+      dequantize(state, k, count, dense);
+      for (int64_t t = 0; t < tiles.count; ++t) {
+        const int64_t row = tiles.begin(t), size = tiles.size(t);
+        gemm({dense, inputs + row * stride + k * size, count, size, y + row * kPanel});
+      }
+    }
+    result.put(y, 1, 0, result.rows, panel);
+  });
+}
+
+}  // namespace llmq
