@@ -1,0 +1,145 @@
+// bitmap_gemm and bitmap_expand with AVX2.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#if !defined(__AVX2__) || !defined(__FMA__) || defined(__AVX512F__)
+#error "setup.py gives this file its instruction set by its name: _avx2"
+#endif
+
+namespace llmq {
+namespace {
+
+// Bytes ahead that masks and kept bytes are fetched: the address depends on the popcounts before it.
+constexpr int64_t kAhead = 1024;
+
+// Byte i of places[mask] says which of the next 8 kept bytes belongs at i, or 0x80 for none.
+struct Table {
+  uint64_t places[256];
+};
+
+constexpr Table make_table() {
+  Table table{};
+  for (int mask = 0; mask < 256; ++mask) {
+    uint64_t next = 0;
+    for (int i = 0; i < 8; ++i) {
+      table.places[mask] |= ((mask >> i & 1) != 0 ? next++ : uint64_t{0x80}) << (8 * i);
+    }
+  }
+  return table;
+}
+
+alignas(64) constexpr Table kTable = make_table();
+
+__m128i two_halves(const void* low, const void* high) {
+  const __m128i half = _mm_loadl_epi64(static_cast<const __m128i*>(low));
+  return _mm_castpd_si128(
+      _mm_loadh_pd(_mm_castsi128_pd(half), static_cast<const double*>(high)));
+}
+
+// The next 16 signed codes, 0 where absent; moves `weight` behind their kept bytes.
+__m128i next_codes(const uint8_t*& weight, uint64_t bits16) {
+  const uint64_t first = bits16 & 255, second = bits16 >> 8;
+  const __m128i kept = two_halves(weight, weight + _mm_popcnt_u64(first));
+  weight += _mm_popcnt_u64(bits16);
+  const __m128i places = _mm_add_epi8(two_halves(&kTable.places[first], &kTable.places[second]),
+                                      _mm_setr_epi32(0, 0, 0x08080808, 0x08080808));
+  const __m128i flip = _mm_set1_epi8(static_cast<char>(0x80));
+  return _mm_shuffle_epi8(_mm_xor_si128(kept, flip), places);
+}
+
+struct Block {
+  __m256i half[2];  // lanes 0 … 7 and 8 … 15
+};
+
+Block next_block(const uint8_t*& weight, const uint8_t* mask) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, mask, 8);
+  Block block;
+  for (__m256i& half : block.half) {
+    const __m128i low = next_codes(weight, bits & 0xffff);
+    const __m128i high = next_codes(weight, bits >> 16 & 0xffff);
+    half = _mm256_set_m128i(high, low);
+    bits >>= 32;
+  }
+  _mm_prefetch(reinterpret_cast<const char*>(mask) + kAhead, _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(weight) + kAhead, _MM_HINT_T0);
+  return block;
+}
+
+__m256i broadcast4(const int8_t* x) {
+  int32_t four;
+  __builtin_memcpy(&four, x, 4);
+  return _mm256_set1_epi32(four);
+}
+
+// Lanes below `left` have their top bit set, as masked loads and stores want it.
+__m256i lanes_below(int64_t left) {
+  const int count = left < 0 ? 0 : left < 8 ? static_cast<int>(left) : 8;
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+template <int T>
+void panel(const Int8Gemm& g, const uint8_t* weight, const uint8_t* mask, int64_t n) {
+  const int64_t group_blocks = g.K4 / g.groups;
+  const __m256i ones = _mm256_set1_epi16(1);
+  const int8_t* x = g.x;
+  __m256 sum[2][T];
+  for (int t = 0; t < T; ++t) sum[0][t] = sum[1][t] = _mm256_setzero_ps();
+  for (int64_t group = 0; group < g.groups; ++group) {
+    __m256i dot[2][T];
+    for (int t = 0; t < T; ++t) dot[0][t] = dot[1][t] = _mm256_setzero_si256();
+    for (int64_t i = 0; i < group_blocks; ++i, mask += 8, x += 4) {
+      const Block block = next_block(weight, mask);
+      for (int h = 0; h < 2; ++h) {
+        const __m256i w = block.half[h], magnitude = _mm256_abs_epi8(w);
+        for (int t = 0; t < T; ++t) {
+          const __m256i signed_x = _mm256_sign_epi8(broadcast4(x + t * g.x_stride), w);
+          const __m256i pairs = _mm256_maddubs_epi16(magnitude, signed_x);
+          dot[h][t] = _mm256_add_epi32(dot[h][t], _mm256_madd_epi16(pairs, ones));
+        }
+      }
+    }
+    for (int t = 0; t < T; ++t) {
+      const __m256 scale = _mm256_set1_ps(g.x_scale[t * g.groups + group]);
+      for (int h = 0; h < 2; ++h)
+        sum[h][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[h][t]), scale, sum[h][t]);
+    }
+  }
+  for (int h = 0; h < 2 && n < g.N; ++h, n += 8) {
+    const __m256i lanes = lanes_below(g.N - n);
+    const __m256 scale = _mm256_maskload_ps(g.weight_scale + n, lanes);
+    const __m256 bias =
+        g.bias == nullptr ? _mm256_setzero_ps() : _mm256_maskload_ps(g.bias + n, lanes);
+    for (int t = 0; t < T; ++t)
+      _mm256_maskstore_ps(g.y + t * g.y_stride + n, lanes,
+                          _mm256_fmadd_ps(sum[h][t], scale, bias));
+  }
+}
+
+using Panel = void(const Int8Gemm&, const uint8_t* weight, const uint8_t* mask, int64_t n);
+constexpr Panel* kPanels[kBitmapTokens] = {panel<1>, panel<2>, panel<3>,
+                                           panel<4>, panel<5>, panel<6>};
+
+}  // namespace
+
+void bitmap_gemm_avx2(const BitmapGemm& g) {
+  Panel* const run = kPanels[g.dense.M - 1];
+  for (int64_t n = 0; n < g.dense.N; n += kPanel) {
+    const int64_t p = n / kPanel;
+    run(g.dense, g.dense.weight + g.start[p], g.mask + p * g.dense.K4 * 8, n);
+  }
+}
+
+void bitmap_expand_avx2(const BitmapExpand& e) {
+  const __m256i flip = _mm256_set1_epi8(static_cast<char>(0x80));
+  const uint8_t* weight = e.weight;
+  for (int64_t i = 0; i < e.blocks; ++i) {
+    const Block block = next_block(weight, e.mask + 8 * i);
+    auto* const out = reinterpret_cast<__m256i*>(e.panels + i * kBlockBytes);
+    _mm256_storeu_si256(out, _mm256_xor_si256(block.half[0], flip));
+    _mm256_storeu_si256(out + 1, _mm256_xor_si256(block.half[1], flip));
+  }
+}
+
+}  // namespace llmq

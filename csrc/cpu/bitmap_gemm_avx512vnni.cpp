@@ -1,0 +1,112 @@
+// bitmap_gemm and bitmap_expand with AVX-512 VBMI2.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#if !defined(__AVX512VNNI__) || !defined(__AVX512VBMI2__)
+#error "setup.py gives this file its instruction set by its name: _avx512vnni"
+#endif
+
+namespace llmq {
+namespace {
+
+// Bytes ahead that masks and kept bytes are fetched: the address depends on the popcounts before it.
+constexpr int64_t kAhead = 1024;
+
+// vpdpbusd has a latency of 4 cycles: few tokens take several blocks at a time, one chain each.
+constexpr int chains(int tokens) { return tokens == 1 ? 4 : tokens <= 3 ? 2 : 1; }
+
+// The next block of 64 bytes; moves `weight` behind its kept bytes.
+__m512i next_block(const uint8_t*& weight, const uint8_t* mask) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, mask, 8);
+  __m512i kept = _mm512_loadu_si512(weight);
+  asm("" : "+v"(kept));  // vpexpandb from memory is microcoded on AMD, and GCC would fold the load
+  weight += _mm_popcnt_u64(bits);
+  _mm_prefetch(reinterpret_cast<const char*>(weight) + kAhead, _MM_HINT_T0);
+  return _mm512_mask_expand_epi8(_mm512_set1_epi8(static_cast<char>(0x80)),
+                                 _cvtu64_mask64(bits), kept);
+}
+
+// sums += 4 products u8 · s8 a lane, with the 4 inputs at x broadcast. int8_gemm says why assembly.
+void dot4(__m512i& sums, __m512i weight, const int8_t* x) {
+  using Four = const int8_t[4];
+  asm("vpdpbusd %2%{1to16%}, %1, %0"
+      : "+v"(sums)
+      : "v"(weight), "m"(*reinterpret_cast<Four*>(x)));
+}
+
+template <int T>
+void panel(const Int8Gemm& g, const uint8_t* weight, const uint8_t* mask, int64_t n) {
+  constexpr int kChains = chains(T);
+  const int64_t group_blocks = g.K4 / g.groups;
+  const int8_t* x = g.x;
+  __m512 sum[T];
+  for (int t = 0; t < T; ++t) sum[t] = _mm512_setzero_ps();
+  for (int64_t group = 0; group < g.groups; ++group) {
+    __m512i dot[kChains][T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      dot[0][t] = _mm512_set1_epi32(g.x_offset[t * g.groups + group]);
+#pragma GCC unroll 4
+      for (int c = 1; c < kChains; ++c) dot[c][t] = _mm512_setzero_si512();
+    }
+    int64_t i = 0;
+    for (; i + 4 <= group_blocks; i += 4) {
+      _mm_prefetch(reinterpret_cast<const char*>(mask) + kAhead, _MM_HINT_T0);
+#pragma GCC unroll 4
+      for (int b = 0; b < 4; ++b) {
+        const __m512i w = next_block(weight, mask + 8 * b);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) dot4(dot[b % kChains][t], w, x + t * g.x_stride + 4 * b);
+      }
+      mask += 32;
+      x += 16;
+    }
+    for (; i < group_blocks; ++i) {
+      const __m512i w = next_block(weight, mask);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) dot4(dot[0][t], w, x + t * g.x_stride);
+      mask += 8;
+      x += 4;
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+      for (int c = 1; c < kChains; ++c) dot[0][t] = _mm512_add_epi32(dot[0][t], dot[c][t]);
+      const __m512 scale = _mm512_set1_ps(g.x_scale[t * g.groups + group]);
+      sum[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[0][t]), scale, sum[t]);
+    }
+  }
+  const int64_t left = g.N - n;
+  const __mmask16 lanes = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+  const __m512 scale = _mm512_maskz_loadu_ps(lanes, g.weight_scale + n);
+  const __m512 bias =
+      g.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(lanes, g.bias + n);
+  for (int t = 0; t < T; ++t)
+    _mm512_mask_storeu_ps(g.y + t * g.y_stride + n, lanes, _mm512_fmadd_ps(sum[t], scale, bias));
+}
+
+using Panel = void(const Int8Gemm&, const uint8_t* weight, const uint8_t* mask, int64_t n);
+constexpr Panel* kPanels[kBitmapTokens] = {panel<1>, panel<2>, panel<3>,
+                                           panel<4>, panel<5>, panel<6>};
+
+}  // namespace
+
+void bitmap_gemm_avx512vnni(const BitmapGemm& g) {
+  Panel* const run = kPanels[g.dense.M - 1];
+  for (int64_t n = 0; n < g.dense.N; n += kPanel) {
+    const int64_t p = n / kPanel;
+    run(g.dense, g.dense.weight + g.start[p], g.mask + p * g.dense.K4 * 8, n);
+  }
+}
+
+void bitmap_expand_avx512vnni(const BitmapExpand& e) {
+  const uint8_t* weight = e.weight;
+  for (int64_t i = 0; i < e.blocks; ++i) {
+    _mm_prefetch(reinterpret_cast<const char*>(e.mask + 8 * i) + kAhead, _MM_HINT_T0);
+    _mm512_storeu_si512(e.panels + i * kBlockBytes, next_block(weight, e.mask + 8 * i));
+  }
+}
+
+}  // namespace llmq

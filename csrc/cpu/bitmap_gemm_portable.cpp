@@ -1,0 +1,71 @@
+// bitmap_gemm and bitmap_expand in plain C++.
+#include "kernels.h"
+
+#if defined(__AVX__)
+#error "portable kernels must run on any x86-64: build this file without -mavx… or -march=native"
+#endif
+
+namespace llmq {
+namespace {
+
+// Writes the next block to `out`; moves `weight` behind its kept bytes.
+void next_block(const uint8_t*& weight, const uint8_t* mask, uint8_t* out) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 8; ++i) bits |= static_cast<uint64_t>(mask[i]) << (8 * i);
+  __builtin_memset(out, 0x80, kBlockBytes);
+  for (; bits != 0; bits &= bits - 1) out[__builtin_ctzll(bits)] = *weight++;
+}
+
+// Unsigned, so that what the offset later takes away may wrap.
+void add_block(const uint8_t* w, const int8_t* x, uint32_t* dot) {
+  for (int64_t lane = 0; lane < kPanel; ++lane) {
+    int32_t sum = 0;
+    for (int64_t j = 0; j < 4; ++j) sum += static_cast<int32_t>(w[4 * lane + j]) * x[j];
+    dot[lane] += static_cast<uint32_t>(sum);
+  }
+}
+
+}  // namespace
+
+void bitmap_gemm_portable(const BitmapGemm& bitmap) {
+  const Int8Gemm& g = bitmap.dense;
+  const int64_t group_blocks = g.K4 / g.groups;
+  for (int64_t n = 0; n < g.N; n += kPanel) {
+    const int64_t p = n / kPanel, lanes = g.N - n < kPanel ? g.N - n : kPanel;
+    const uint8_t* weight = g.weight + bitmap.start[p];
+    const uint8_t* mask = bitmap.mask + p * g.K4 * 8;
+    float sum[kBitmapTokens][kPanel] = {};
+    for (int64_t group = 0; group < g.groups; ++group) {
+      uint32_t dot[kBitmapTokens][kPanel];
+      for (int64_t m = 0; m < g.M; ++m) {
+        for (uint32_t& d : dot[m]) d = static_cast<uint32_t>(g.x_offset[m * g.groups + group]);
+      }
+      for (int64_t i = group * group_blocks; i < (group + 1) * group_blocks; ++i) {
+        uint8_t block[kBlockBytes];
+        next_block(weight, mask + 8 * i, block);
+        for (int64_t m = 0; m < g.M; ++m) add_block(block, g.x + m * g.x_stride + 4 * i, dot[m]);
+      }
+      for (int64_t m = 0; m < g.M; ++m) {
+        const float scale = g.x_scale[m * g.groups + group];
+        for (int64_t lane = 0; lane < kPanel; ++lane) {
+          sum[m][lane] += static_cast<float>(static_cast<int32_t>(dot[m][lane])) * scale;
+        }
+      }
+    }
+    for (int64_t m = 0; m < g.M; ++m) {
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const float bias = g.bias == nullptr ? 0.0f : g.bias[n + lane];
+        g.y[m * g.y_stride + n + lane] = sum[m][lane] * g.weight_scale[n + lane] + bias;
+      }
+    }
+  }
+}
+
+void bitmap_expand_portable(const BitmapExpand& e) {
+  const uint8_t* weight = e.weight;
+  for (int64_t i = 0; i < e.blocks; ++i) {
+    next_block(weight, e.mask + 8 * i, e.panels + i * kBlockBytes);
+  }
+}
+
+}  // namespace llmq
