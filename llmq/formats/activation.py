@@ -17,8 +17,10 @@ def quantize_activation(x: Tensor, group_size: int = 0) -> tuple[Tensor, Tensor]
         else x.float()[..., None, :]
     )
     amax = grouped.abs().amax(-1, keepdim=True) if K else grouped.new_zeros(*x.shape[:-1], 1, 1)
-    inverse = torch.where(amax > 1e-30, 127 / amax, 0.0)
+    # A tensor: torch turns 127 / amax into 127 · (1 / amax), which rounds twice.
+    limit = torch.full_like(amax, 127)
+    inverse = torch.where(amax > 1e-30, limit / amax, 0.0)
     finite = torch.isfinite(amax)
     codes = torch.where(finite, torch.round(grouped * inverse), 0.0).to(torch.int8)
-    scale = torch.where(finite, amax / 127, torch.nan)
+    scale = torch.where(finite, amax / limit, torch.nan)
     return codes.reshape(x.shape), scale[..., 0]
