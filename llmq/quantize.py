@@ -11,7 +11,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from llmq import dispatch
-from llmq.nn import CompressedLayer, QuantEmbedding, QuantLinear, SparseLinear, linear_weight
+from llmq.nn import (
+    CompressedLayer,
+    QuantEmbedding,
+    QuantLinear,
+    SparseLinear,
+    embedding_factor,
+    linear_weight,
+)
 from llmq.report import Change, attach, relative_error
 from llmq.scheme import Scheme, resolve_scheme
 from llmq.walk import Target, check_weight, find, swap
@@ -190,6 +197,7 @@ def _twin(first: nn.Module, module: nn.Module) -> nn.Module:
             {"weight": first.weight.data, "weight_scale": first.weight_scale.data},
             dtype=first.dtype,
             padding_idx=module.padding_idx,
+            factor=embedding_factor(module) or 1.0,
         )
         twin.weight, twin.weight_scale = first.weight, first.weight_scale
     elif isinstance(first, QuantEmbedding):

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmq.nn import CompressedLayer, QuantEmbedding, SparseLinear
+from llmq.nn import CompressedLayer, QuantEmbedding, QuantLinear, SparseLinear
+from llmq.scheme import Scheme
 
 
 class Untouched(NamedTuple):
@@ -142,21 +143,18 @@ def layer_report(
         if isinstance(layer, CompressedLayer)
         else sum(p.numel() * p.element_size() for p in layer.parameters())
     )
-    scheme, kernel, reason = None, "torch", "floating point"
+    scheme: Scheme | None = None
+    kernel, reason = "torch", "floating point"
     if isinstance(layer, QuantEmbedding):
-        scheme, kernel, reason = (
-            layer.scheme.name,
-            "look-up",
-            "rows are dequantized as they are read",
-        )
-    elif isinstance(layer, CompressedLayer):
-        scheme = None if layer.scheme is None else layer.scheme.name
+        scheme, kernel, reason = layer.scheme, "look-up", "rows are dequantized as they are read"
+    elif isinstance(layer, (QuantLinear, SparseLinear)):
+        scheme = layer.scheme
         kernel, reason = layer.kernel(1)
     pattern = layer.pattern if isinstance(layer, SparseLinear) else None
     return LayerReport(
         name,
         kind,
-        scheme,
+        None if scheme is None else scheme.name,
         pattern,
         weight_error,
         bytes_before,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmq.integrations import experts
 from llmq.integrations import transformers as hf
-from llmq.nn import CompressedLayer, QuantEmbedding
+from llmq.nn import CompressedLayer, QuantEmbedding, embedding_factor
 
 Places = list[tuple[nn.Module, str]]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -129,7 +129,7 @@ def _kind(module: nn.Module) -> tuple[str | None, str | None]:
             return None, f"{type(module).__name__} has a forward of its own"
         return "Linear", None
     if isinstance(module, nn.Embedding):
-        if type(module) is not nn.Embedding:
+        if embedding_factor(module) is None:
             return None, f"{type(module).__name__} has a forward of its own"
         return "Embedding", None
     if hf.is_conv1d(module):

@@ -2,7 +2,7 @@
 
 from llmq import ops as ops  # defines torch.ops.llmq
 from llmq.nn.layer import CompressedLayer, linear_weight
-from llmq.nn.quant_embedding import QuantEmbedding
+from llmq.nn.quant_embedding import QuantEmbedding, embedding_factor
 from llmq.nn.quant_linear import QuantLinear
 from llmq.nn.rebuild import empty_layer
 from llmq.nn.sparse_linear import SparseLinear
@@ -12,6 +12,7 @@ __all__ = [
     "QuantEmbedding",
     "QuantLinear",
     "SparseLinear",
+    "embedding_factor",
     "empty_layer",
     "linear_weight",
 ]

@@ -19,6 +19,19 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+def embedding_factor(embedding: nn.Embedding) -> float | None:
+    """Return what `embedding` multiplies its rows by, None if its class computes something else.
+
+    Plain embeddings do not; `…ScaledWordEmbedding` of Gemma, BART and others in transformers do.
+    """
+    if type(embedding).forward is nn.Embedding.forward:
+        return 1.0
+    factor = getattr(embedding, "embed_scale", None)
+    if type(embedding).__name__.endswith("ScaledWordEmbedding") and factor is not None:
+        return float(factor)
+    return None
+
+
 class QuantEmbedding(CompressedLayer):
     """An embedding table kept as int8 with one scale a row: ids [...] to vectors [..., K].
 
@@ -37,6 +50,7 @@ class QuantEmbedding(CompressedLayer):
         *,
         dtype: torch.dtype = torch.float32,
         padding_idx: int | None = None,
+        factor: float = 1.0,
     ) -> None:
         super().__init__()
         self.num_embeddings = num_embeddings
@@ -44,6 +58,7 @@ class QuantEmbedding(CompressedLayer):
         self.scheme = scheme
         self.dtype = dtype
         self.padding_idx = padding_idx
+        self.factor = factor
         self.register_parameter("weight", frozen(tensors["weight"]))
         self.register_parameter("weight_scale", frozen(tensors["weight_scale"]))
 
@@ -52,7 +67,8 @@ class QuantEmbedding(CompressedLayer):
         """Quantize an embedding by row.
 
         Args:
-            embedding: a plain `nn.Embedding`, weight [num_embeddings, K].
+            embedding: weight [num_embeddings, K]; rows may be multiplied by a factor on their way
+                out (`embedding_factor`).
             scheme: uniform symmetric 8-bit, one scale a channel; its activations are those of the
                 tied output layer.
 
@@ -61,7 +77,8 @@ class QuantEmbedding(CompressedLayer):
             ValueError: if the scheme is another, the weight not finite, or `max_norm` set.
         """
         scheme = resolve_scheme(scheme)
-        if type(embedding) is not nn.Embedding:
+        factor = embedding_factor(embedding) if isinstance(embedding, nn.Embedding) else None
+        if factor is None:
             raise TypeError(f"expected nn.Embedding itself, got {type(embedding).__name__}")
         if embedding.max_norm is not None:
             raise ValueError("an embedding with max_norm changes its weights as it runs")
@@ -83,6 +100,7 @@ class QuantEmbedding(CompressedLayer):
             {"weight": encoded.weight, "weight_scale": encoded.weight_scale},
             dtype=embedding.weight.dtype,
             padding_idx=embedding.padding_idx,
+            factor=factor,
         )
 
     def tied_linear(self, bias: Tensor | None = None) -> QuantLinear:
@@ -103,7 +121,8 @@ class QuantEmbedding(CompressedLayer):
             codes = torch.bitwise_xor(panels.flatten(-2)[..., : self.embedding_dim], -128)
         else:
             codes = F.embedding(ids, self.weight)
-        return (codes.float() * scale).to(self.dtype)
+        rows = codes.float() * scale
+        return (rows if self.factor == 1.0 else rows * self.factor).to(self.dtype)
 
     def dequantize(self) -> Tensor:
         """Return the table that the codes stand for, float32 [num_embeddings, K]."""
@@ -134,6 +153,7 @@ class QuantEmbedding(CompressedLayer):
             "num_embeddings": self.num_embeddings,
             "embedding_dim": self.embedding_dim,
             "padding_idx": self.padding_idx,
+            "factor": self.factor,
             "dtype": str(self.dtype).removeprefix("torch."),
             "scheme": asdict(self.scheme),
             "shapes": {name: list(t.shape) for name, t in self.canonical().items()},

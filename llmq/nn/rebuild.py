@@ -53,6 +53,7 @@ def empty_layer(config: dict[str, Any]) -> QuantLinear | SparseLinear | QuantEmb
                 tensors,
                 dtype=_float_dtype(config["dtype"]),
                 padding_idx=config["padding_idx"],
+                factor=float(config["factor"]),
             )
         features = (config["in_features"], config["out_features"])
         if kind == "QuantLinear":
