@@ -1,4 +1,4 @@
-"""Builds `llmq/_C.abi3.so`, the CPU kernels; everything else about the package is in pyproject.toml.
+"""Builds `llmq/_C.abi3.so`, the CPU kernels; the rest of the package is in pyproject.toml.
 
 The library uses LibTorch's stable ABI and no Python API, so one build serves torch 2.10 and later
 and every Python 3. Each source is compiled for the instruction set that its file name ends with.
@@ -84,11 +84,13 @@ class BuildNative(build_ext):
         try:
             import torch
         except ImportError as error:
-            return self.skip(f"torch cannot be imported to build against ({error})")
+            self.skip(f"torch cannot be imported to build against ({error})")
+            return
         try:
             compiler = find_compiler()
         except RuntimeError as error:
-            return self.skip(str(error))
+            self.skip(str(error))
+            return
         torch_folder = Path(torch.__file__).parent
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 // Registers the native implementations; schemas live in llmq/ops.py.
+#include "cpu/ops.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/isa.h"
-#include "cpu/ops.h"
 
 namespace llmq {
 

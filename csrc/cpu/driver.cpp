@@ -26,20 +26,6 @@ struct Buffer {
 
 thread_local Buffer buffers[static_cast<int>(Slot::count)];
 
-Dtype dtype_of(const char* op, const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::f16;
-    default:
-      fail(op, name, " must be float32, bfloat16 or float16, got ",
-           torch::headeronly::toString(tensor.scalar_type()));
-  }
-}
-
 std::string shape_of(const Tensor& tensor) {
   std::string text = "[";
   for (const int64_t size : tensor.sizes()) {
@@ -54,6 +40,20 @@ ScalarType scalar_type(Dtype dtype) {
 }
 
 }  // namespace
+
+Dtype float_dtype(const char* op, const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::f16;
+    default:
+      fail(op, name, " must be float32, bfloat16 or float16, got ",
+           torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
 
 void* scratch_bytes(Slot slot, int64_t bytes) {
   Buffer& buffer = buffers[static_cast<int>(slot)];
@@ -76,7 +76,7 @@ Tensor as_contiguous(const Tensor& tensor) {
 Rows rows_of(const char* op, const Tensor& x) {
   const int64_t dim = x.dim();
   LLMQ_CHECK(dim >= 1, op, "x must have at least one dimension, got a scalar");
-  Rows rows{as_contiguous(x), nullptr, dtype_of(op, "x", x), 1, x.size(dim - 1)};
+  Rows rows{as_contiguous(x), nullptr, float_dtype(op, "x", x), 1, x.size(dim - 1)};
   for (int64_t i = 0; i + 1 < dim; ++i) rows.M *= x.size(i);
   rows.data = static_cast<const char*>(rows.tensor.const_data_ptr());
   return rows;
@@ -117,7 +117,7 @@ const float* float_bias(const char* op, const OptionalTensor& bias, int64_t N) {
   if (!bias.has_value()) return nullptr;
   LLMQ_CHECK(bias->dim() == 1 && bias->size(0) == N, op, "bias must be [", N, "], got ",
              shape_of(*bias));
-  const Dtype dtype = dtype_of(op, "bias", *bias);
+  const Dtype dtype = float_dtype(op, "bias", *bias);
   const int64_t stride = bias->stride(0);
   if (dtype == Dtype::f32 && (stride == 1 || N <= 1)) {
     return static_cast<const float*>(bias->const_data_ptr());
@@ -149,8 +149,8 @@ const uint8_t* panels(const char* op, const Tensor& weight, int64_t bits, int64_
   if (weight.dim() == 4) {
     LLMQ_CHECK(weight.size(0) == P && weight.size(1) == blocks && weight.size(2) == kPanel &&
                    weight.size(3) == 4,
-               op, "weight must be panels [", P, ", ", blocks, ", 16, 4] for x [..., ", K,
-               "] and ", N, " outputs, got ", shape_of(weight));
+               op, "weight must be panels [", P, ", ", blocks, ", 16, 4] for x [..., ", K, "] and ",
+               N, " outputs, got ", shape_of(weight));
     return data;
   }
   LLMQ_CHECK(weight.dim() == 2 && weight.size(0) == N && weight.size(1) == ceil_div(K * bits, 8),

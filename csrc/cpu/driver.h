@@ -1,5 +1,5 @@
-// What every driver needs on the way from tensors to pointers: checks, scratch memory, float rows in
-// and out, quantized activations, panels, threads.
+// What every driver needs on the way from tensors to pointers: checks, scratch memory, float rows
+// in and out, quantized activations, panels, threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,9 +12,10 @@
 #include "ops.h"
 
 // Throws std::invalid_argument, a ValueError in Python; the message is built only on failure.
-#define LLMQ_CHECK(condition, op, ...)                             \
-  do {                                                             \
-    if (!(condition)) [[unlikely]] llmq::fail(op, __VA_ARGS__);    \
+#define LLMQ_CHECK(condition, op, ...) \
+  do {                                 \
+    if (!(condition)) [[unlikely]]     \
+      llmq::fail(op, __VA_ARGS__);     \
   } while (false)
 
 namespace llmq {
@@ -29,13 +30,23 @@ template <class... Parts>
   throw std::invalid_argument(message.str());
 }
 
-// -- scratch ---------------------------------------------------------------------------------------
-// One buffer a thread and slot, which grows to the largest call and is kept, so that a steady state
-// allocates nothing. A slot's memory is valid until the same thread asks for that slot again;
-// worker threads may read what the calling thread holds.
+// Scratch memory: one buffer a thread and slot, which grows to the largest call and is kept, so that
+// a steady state allocates nothing. A slot's memory is valid until the same thread asks for that
+// slot again; worker threads may read what the calling thread holds.
 enum class Slot : int {
-  codes, code_scale, code_offset, x, bias, y, weight, extra,
-  tile_x, tile_scale, tile_sum, panel, count
+  codes,
+  code_scale,
+  code_offset,
+  x,
+  bias,
+  y,
+  weight,
+  extra,
+  tile_x,
+  tile_scale,
+  tile_sum,
+  panel,
+  count
 };
 
 void* scratch_bytes(Slot slot, int64_t bytes);  // 64-byte aligned
@@ -45,7 +56,6 @@ T* scratch(Slot slot, int64_t count) {
   return static_cast<T*>(scratch_bytes(slot, count * static_cast<int64_t>(sizeof(T))));
 }
 
-// -- tensors ---------------------------------------------------------------------------------------
 // x [..., K] as contiguous rows [M, K].
 struct Rows {
   Tensor tensor;  // x, or its contiguous copy
@@ -61,6 +71,7 @@ Rows rows_of(const char* op, const Tensor& x);
 Tensor empty(const int64_t* sizes, int64_t dim, ScalarType type);
 Tensor empty_output(const Rows& x, int64_t N);  // [..., N] in x's dtype
 
+Dtype float_dtype(const char* op, const char* name, const Tensor& tensor);        // or throws
 const float* float_data(const char* op, const char* name, const Tensor& tensor);  // checks f32
 
 // bias as float32 [N], converted into Slot::bias where it is not already so; null without a bias.
@@ -76,7 +87,6 @@ const uint8_t* panels(const char* op, const Tensor& weight, int64_t bits, int64_
 // A tensor's contiguous self, and so valid data for as long as the result lives.
 Tensor as_contiguous(const Tensor& tensor);
 
-// -- activations -----------------------------------------------------------------------------------
 struct Activations {
   int8_t* codes;  // [rows, stride], zero beyond K
   int64_t stride;
@@ -102,12 +112,14 @@ void parallel_rows(int64_t rows, int64_t K, const Body& body) {
 
 void check_group(const char* op, int64_t group_size, int64_t K);
 
-// -- packing (pack.cpp) ----------------------------------------------------------------------------
-// Canonical codes [N, K] (int8) or [N, ceil(K/2)] (nibbles) to and from panels.
+// int8_gemm for groups that end inside a block of 4 inputs, which no microkernel takes: right,
+// slow.
+void int8_gemm_any_group(const Int8Gemm& g, int64_t K, int64_t group);
+
+// Packs canonical codes [N, K] (int8) or [N, ceil(K/2)] (nibbles) into panels; in pack.cpp.
 void pack_panels8(const uint8_t* codes, int64_t N, int64_t K, uint8_t* packed);
 void pack_panels4(const uint8_t* nibbles, int64_t N, int64_t K, uint8_t* packed);
 
-// -- output ----------------------------------------------------------------------------------------
 // Writes rows of float32 y [rows, N] (stride y_stride) into `target`, rows of N elements of `dtype`.
 void store_rows(const float* y, int64_t y_stride, void* target, Dtype dtype, int64_t rows,
                 int64_t N);

@@ -1,10 +1,10 @@
 // int8_gemm with AVX2: y[m, n] = Σ_g x_scale[m, g] · (Σ_k∈g w[n, k] · x[m, k]) · weight_scale[n]
 // + bias[n], exact.
 //
-// vpmaddubsw multiplies u8 by s8 and saturates its 16-bit sums of two, so the stored u = w + 128 will
-// not do: |w| · sign(x, w) has the same products, at most 128·127·2 < 2¹⁵ a pair, and no correction.
-// Tile: half a panel (8 outputs) × up to 6 tokens, 32 bytes of weight a step; four instructions (sign,
-// multiply, widen, add) a token where VNNI needs one, which bounds it.
+// vpmaddubsw multiplies u8 by s8 and saturates its 16-bit sums of two, so the stored u = w + 128
+// will not do: |w| · sign(x, w) has the same products, at most 128·127·2 < 2¹⁵ a pair, and no
+// correction. Tile: half a panel (8 outputs) × up to 6 tokens, 32 bytes of weight a step; four
+// instructions (sign, multiply, widen, add) a token where VNNI needs one, which bounds it.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -62,8 +62,7 @@ void tile(const Int8Gemm& g, int64_t n, int64_t m) {
   const __m256 bias =
       g.bias == nullptr ? _mm256_setzero_ps() : _mm256_maskload_ps(g.bias + n, mask);
   for (int t = 0; t < T; ++t) {
-    _mm256_maskstore_ps(g.y + (m + t) * g.y_stride + n, mask,
-                        _mm256_fmadd_ps(sum[t], scale, bias));
+    _mm256_maskstore_ps(g.y + (m + t) * g.y_stride + n, mask, _mm256_fmadd_ps(sum[t], scale, bias));
   }
 }
 

@@ -22,8 +22,8 @@ __m512i broadcast4(const int8_t* x) {
   return _mm512_set1_epi32(four);
 }
 
-// sums += 4 products u8 · s8 a lane. Not the intrinsic: around it GCC 12 copies every accumulator and
-// keeps 24 of them in memory too.
+// sums += 4 products u8 · s8 a lane. Not the intrinsic: around it GCC 12 copies every accumulator
+// and keeps 24 of them in memory too.
 void dot4(__m512i& sums, __m512i weight, __m512i x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weight), "v"(x));
 }

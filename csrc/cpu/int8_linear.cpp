@@ -16,8 +16,9 @@ constexpr int64_t kMaxTokens = 256;
 constexpr int64_t kPanels = 4;
 constexpr int64_t kGrain = 1 << 18;
 
-// Groups that end inside a block of 4 inputs fit no microkernel; they run here, right and slow.
-void any_group(const Int8Gemm& g, int64_t K, int64_t group) {
+}  // namespace
+
+void int8_gemm_any_group(const Int8Gemm& g, int64_t K, int64_t group) {
   for (int64_t m = 0; m < g.M; ++m) {
     for (int64_t n = 0; n < g.N; ++n) {
       const uint8_t* lane = g.weight + n / kPanel * g.K4 * kBlockBytes + n % kPanel * 4;
@@ -34,8 +35,6 @@ void any_group(const Int8Gemm& g, int64_t K, int64_t group) {
     }
   }
 }
-
-}  // namespace
 
 Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                    const OptionalTensor& bias, int64_t activation_group_size) {
@@ -80,7 +79,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
       if (blocks) {
         kernel(gemm);
       } else {
-        any_group(gemm, K, group);
+        int8_gemm_any_group(gemm, K, group);
       }
     };
     const int64_t units = ceil_div(N, kPanels * kPanel);

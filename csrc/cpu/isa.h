@@ -12,7 +12,8 @@ const char* isa_name(Isa isa);
 // Whether this CPU and operating system run `isa` and this build has it.
 bool isa_runs(Isa isa);
 
-// The ISA in use: the fastest that runs, or the one that LLMQ_ISA named when the library was loaded.
+// The ISA in use: the fastest that runs, or the one that LLMQ_ISA named when the library was
+// loaded.
 Isa current_isa();
 
 // Forces the ISA called `name`; throws std::invalid_argument if it is unknown or does not run here.

@@ -1,4 +1,4 @@
-// The contract of every microkernel: what drivers (one .cpp a family) and instruction-set files share.
+// The contract of every microkernel: what a driver (one .cpp a family) and its kernels share.
 //
 // A microkernel gets plain pointers to checked, sized memory; it neither allocates, threads, checks
 // nor knows torch. An instruction-set file includes this header and intrinsics, nothing else, and
@@ -11,7 +11,7 @@
 //
 //     block i of panel p      byte 0    1    2    3  | 4 ...             | ... 63
 //                             w[n,k] k+1  k+2  k+3  | w[n+1,k] ...      | w[n+15,k+3]
-//                             n = 16p, k = 4i; byte = code + 128 (code ^ 0x80); padding = 0x80, code 0
+//                             n = 16p, k = 4i; byte = code + 128 (code ^ 0x80); padding 0x80
 //
 // panels4: the same with K8 = ceil(K/8) blocks: byte 4n+j holds input 8i+j of lane n in its low
 // nibble and input 8i+4+j in its high nibble; padding nibble = 0.
@@ -29,7 +29,7 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-// -- convert: rows of any float type to and from float32 -------------------------------------------
+// to_float, from_float: rows of any float type to and from float32
 struct ConvertRows {
   const void* source;
   int64_t source_stride;
@@ -42,7 +42,7 @@ using ConvertRowsFn = void(const ConvertRows&);
 ConvertRowsFn to_float_portable, to_float_avx2, to_float_avx512vnni;
 ConvertRowsFn from_float_portable, from_float_avx2, from_float_avx512vnni;
 
-// -- quantize_rows: symmetric int8 codes, one scale a token or group of inputs ---------------------
+// quantize_rows: symmetric int8 codes, one scale a token or group of inputs
 // scale = max|x| / 127, code = round_half_even(x · (127 / max|x|)); a row whose max|x| is at most
 // 1e-30 gets codes 0 and its own scale, one with NaN or infinity codes 0 and scale NaN.
 struct QuantizeRows {
@@ -50,8 +50,8 @@ struct QuantizeRows {
   int64_t x_stride;
   Dtype dtype;
   int64_t rows, K;
-  int64_t group_size;    // divides K; K for one scale a token
-  int8_t* codes;         // [rows, codes_stride]; columns K … codes_columns are set to 0
+  int64_t group_size;  // divides K; K for one scale a token
+  int8_t* codes;       // [rows, codes_stride]; columns K … codes_columns are set to 0
   int64_t codes_stride;
   int64_t codes_columns;
   float* scale;     // [rows, K / group_size]
@@ -60,7 +60,7 @@ struct QuantizeRows {
 using QuantizeRowsFn = void(const QuantizeRows&);
 QuantizeRowsFn quantize_rows_portable, quantize_rows_avx2, quantize_rows_avx512vnni;
 
-// -- int8_gemm: y = (Σ_groups (dot of codes) · x_scale) · weight_scale + bias ----------------------
+// int8_gemm: y = (Σ_groups (dot of codes) · x_scale) · weight_scale + bias
 struct Int8Gemm {
   const uint8_t* weight;  // panels8 [ceil(N/16), K4, 16, 4]
   const int8_t* x;        // codes [M, x_stride], zero from K to 4·K4
@@ -77,7 +77,7 @@ struct Int8Gemm {
 using Int8GemmFn = void(const Int8Gemm&);
 Int8GemmFn int8_gemm_portable, int8_gemm_avx2, int8_gemm_avx512vnni;
 
-// -- bitmap_gemm: int8_gemm without the weights that were pruned ------------------------------------
+// bitmap_gemm: int8_gemm without the weights that were pruned
 // The 64 bytes of a panels8 block are kept as a mask, little endian (bit 4·lane + j), and the bytes
 // whose bit is set, in order; an absent byte stands for 0x80, code 0:
 //
@@ -103,7 +103,7 @@ struct BitmapExpand {
 using BitmapExpandFn = void(const BitmapExpand&);
 BitmapExpandFn bitmap_expand_portable, bitmap_expand_avx2, bitmap_expand_avx512vnni;
 
-// -- grouped weights: weight_only_linear and codebook_linear ----------------------------------------
+// Grouped weights: weight_only_linear and codebook_linear
 // Their kernels take one panel and a tile of up to kTile rows whose inputs lie side by side, so that
 // one pointer walks x and each weight, once in a register, serves every row:
 //     floats  x [K, rows];    codes  x [K4, rows, 4], K filled up with zeros to whole blocks.
@@ -116,9 +116,9 @@ struct PanelScales {
   const float* scale;        // [lanes, groups]
   const int8_t* zero_point;  // [lanes, groups] or null
   int64_t lanes, groups;
-  int bits;              // null zero_point: code 0 (bits 8) or 8 (bits 4); 0: no zero points wanted
-  float* scale_panel;    // [groups, 16]
-  int32_t* zero_panel;   // [groups, 16] as stored: + 128 for bits 8; null if bits is 0
+  int bits;             // null zero_point: code 0 (bits 8) or 8 (bits 4); 0: no zero points wanted
+  float* scale_panel;   // [groups, 16]
+  int32_t* zero_panel;  // [groups, 16] as stored: + 128 for bits 8; null if bits is 0
 };
 using PanelScalesFn = void(const PanelScales&);
 PanelScalesFn panel_scales_portable, panel_scales_avx512vnni;
@@ -147,7 +147,9 @@ struct WeightOnlyInt8Gemm {
   const float* x_scale;  // [segments, rows]
   const int32_t* x_sum;  // [segments, rows] −Σ codes
   int64_t rows;
-  float* y;  // [rows, 16]
+  float* y;                 // [rows, 16]
+  const float* next_scale;  // canonical scales and zero points of the next panel, to be fetched
+  const int8_t* next_zero;  // meanwhile, or null
 };
 using WeightOnlyInt8GemmFn = void(const WeightOnlyInt8Gemm&);
 WeightOnlyInt8GemmFn weight_only_int8_gemm_portable, weight_only_int8_gemm_avx2,

@@ -1,4 +1,5 @@
-// quantize_rows with AVX-512: two passes over a row or group, the second from the first-level cache.
+// quantize_rows with AVX-512: two passes over a row or group, the second from the first-level
+// cache.
 #include <immintrin.h>
 
 #include "kernels.h"
