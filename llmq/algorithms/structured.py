@@ -251,7 +251,7 @@ def _is_valid(config: Any, values: dict[str, int]) -> bool:
             setattr(trial, attribute, value)
         if hasattr(trial, "validate"):
             trial.validate()
-    except Exception:  # noqa: BLE001  (another library's own classes of errors)
+    except Exception:
         return False
     return True
 

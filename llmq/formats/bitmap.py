@@ -23,7 +23,7 @@ def encode(values: Tensor, mask: Tensor | None = None) -> BitmapWeight:
     mask = values != 0 if mask is None else mask
     check_mask(values, mask)
     N, K = values.shape
-    padded = torch.nn.functional.pad(mask, (0, -K % 8)).reshape(N, -1, 8)
+    padded = torch.nn.functional.pad(mask, (0, -K % 8)).reshape(N, (K + 7) // 8, 8)
     powers = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=values.device)
     bitmask = (padded * powers).sum(-1, dtype=torch.uint8)
     offsets = torch.zeros(N + 1, dtype=torch.int64, device=values.device)
