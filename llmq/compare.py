@@ -22,6 +22,7 @@ from llmq.evaluate import (
     evaluate,
     inference,
     logits_of,
+    model_bytes,
     progress,
     unpack,
 )
@@ -127,8 +128,6 @@ def compare(original: nn.Module, compressed: nn.Module, data: Any) -> Report:
     Raises:
         ValueError: if the data is empty or the two models' outputs have different shapes.
     """
-    from llmq.evaluate import model_bytes
-
     batches = list(batches_of(data))
     if not batches:
         raise ValueError("data is empty")
@@ -297,8 +296,7 @@ def svg(figure: Any) -> str:
 def html_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """Return an HTML table."""
     lines = ["<table>", "<tr>" + "".join(f"<th>{html.escape(t)}</th>" for t in head) + "</tr>"]
-    for row in rows:
-        lines.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
+    lines += ["<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows]
     return "\n".join([*lines, "</table>"])
 
 

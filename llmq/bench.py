@@ -1,0 +1,210 @@
+"""`llmq bench`: the kernels of this machine against torch's float32, side by side in one run."""
+
+from __future__ import annotations
+
+import copy
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from llmq import dispatch
+from llmq.nn import QuantLinear, SparseLinear
+
+# SmolLM2-135M, BERT-base, Llama-7B, and one that divides by nothing: (N, K).
+SHAPES = (
+    (576, 576),
+    (1536, 576),
+    (576, 1536),
+    (768, 3072),
+    (4096, 4096),
+    (11008, 4096),
+    (1009, 251),
+)
+TOKENS = (1, 4, 16, 64, 256)
+SCHEMES = (
+    "w8a8",
+    "w8a8-g64",
+    "w8a16",
+    "w4a16-g32",
+    "w4a8-g32",
+    "w8a16-quantile",
+    "w4a16-quantile-g32",
+    "sparse 50 % w8a8",
+)
+_ROTATED = 200e6  # bytes of weights among which large shapes rotate, so that M = 1 reads memory
+_CACHED = 4e6  # weights below this many bytes stay in cache, as the layers of a small model do
+_SECONDS = 0.2  # of measuring a layer, in all rounds
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures were measured on."""
+    return {
+        "cpu": _cpu_name(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "isa": dispatch.cpu_isa() or "reference",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def make_layer(linear: nn.Linear, scheme: str) -> nn.Module:
+    """Return `linear` compressed by a scheme's name, or by `"sparse N % <scheme>"`."""
+    if not scheme.startswith("sparse "):
+        return QuantLinear.from_linear(linear, scheme)
+    _, percent, _, values = scheme.split()
+    magnitude = linear.weight.detach().abs()
+    dropped = max(1, round(int(percent) / 100 * magnitude.shape[1]))
+    threshold = magnitude.kthvalue(dropped, dim=1, keepdim=True).values
+    return SparseLinear.from_linear(linear, scheme=values, mask=magnitude > threshold)
+
+
+def time_interleaved(
+    calls: dict[str, Callable[[], Any]], seconds: float = _SECONDS, rounds: int = 7
+) -> dict[str, float]:
+    """Return the median seconds of one call of each, measured in turn (A B A B …)."""
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        started = time.perf_counter()
+        call()
+        once = max(time.perf_counter() - started, 1e-7)
+        repeats[name] = max(1, int(seconds / rounds / once))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            samples[name].append((time.perf_counter() - started) / repeats[name])
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def _rotating(dense: nn.Linear, scheme: str, size: float) -> list[nn.Module]:
+    """Return as many equal layers as it takes to read their `size` bytes from memory."""
+    first = dense if scheme == "float32" else make_layer(dense, scheme)
+    count = 1 if size < _CACHED else math.ceil(_ROTATED / size)
+    return [first, *(copy.deepcopy(first) for _ in range(count - 1))]
+
+
+def _caller(layers: list[nn.Module], x: Tensor) -> Callable[[], Any]:
+    turn = iter(range(1 << 62))
+    return lambda: layers[next(turn) % len(layers)](x)
+
+
+def linear(
+    shapes: tuple[tuple[int, int], ...] = SHAPES,
+    tokens: tuple[int, ...] = TOKENS,
+    schemes: tuple[str, ...] = SCHEMES,
+) -> list[dict[str, Any]]:
+    """Measure single layers; one record a shape, M and scheme, with torch's float32 beside it.
+
+    Time is of a call from Python and includes everything: activation quantization, bias, output.
+    """
+    records = []
+    torch.manual_seed(0)
+    for N, K in tqdm(shapes, desc="bench linear", unit="shape", leave=False):
+        dense = nn.Linear(K, N)
+        layers: dict[str, list[nn.Module]] = {}
+        fitting = [s for s in schemes if all(K % g == 0 for g in _groups(s))]
+        for scheme in ("float32", *fitting):
+            bits = 32 if scheme == "float32" else 4 if "w4" in scheme else 8
+            layers[scheme] = _rotating(dense, scheme, N * K * bits / 8)
+        for M in tokens:
+            x = torch.randn(M, K)
+            with torch.inference_mode():
+                calls = {name: _caller(copies, x) for name, copies in layers.items()}
+                medians = time_interleaved(calls)
+            for scheme, seconds in medians.items():
+                first: Any = layers[scheme][0]
+                records.append(
+                    {
+                        "N": N,
+                        "K": K,
+                        "M": M,
+                        "scheme": scheme,
+                        "kernel": "torch" if scheme == "float32" else first.kernel(M).name,
+                        "microseconds": seconds * 1e6,
+                        "gops": 2e-9 * M * N * K / seconds,
+                        "times_float32": medians["float32"] / seconds,
+                    }
+                )
+    return records
+
+
+def _groups(scheme: str) -> list[int]:
+    return [int(part[1:]) for part in scheme.split("-") if part[:1] == "g" and part[1:].isdigit()]
+
+
+def linear_table(records: list[dict[str, Any]]) -> str:
+    """Return the records as a table: microseconds and, in brackets, times as fast as float32."""
+    tokens = sorted({r["M"] for r in records})
+    lines = [f"{'N×K':<12}{'':<20}" + "".join(f"{f'M={M}':>18}" for M in tokens)]
+    rows: dict[tuple[int, int, str], dict[int, str]] = {}
+    for r in records:
+        cell = f"{r['microseconds']:.0f} ({r['times_float32']:.2f})"
+        rows.setdefault((r["N"], r["K"], r["scheme"]), {})[r["M"]] = cell
+    for (N, K, scheme), cells in rows.items():
+        lines.append(f"{f'{N}×{K}':<12}{scheme:<20}" + "".join(f"{cells[M]:>18}" for M in tokens))
+    lines.append("microseconds a call (times as fast as torch float32), medians, interleaved")
+    return "\n".join(lines)
+
+
+def model_speeds(
+    models: dict[str, Any], *, prompt: int = 512, decode: int = 32, rounds: int = 3, vocab: int = 0
+) -> dict[str, dict[str, float]]:
+    """Measure causal models: prefill and decode tokens/s at batch 1, interleaved medians.
+
+    Args:
+        models: by name; all of one vocabulary.
+        prompt: tokens of the prefill.
+        decode: tokens decoded one by one after a prompt of 16, with a cache.
+        rounds: each measures every model once.
+        vocab: token ids are drawn below this; 0 takes it from the first model's configuration.
+    """
+    first = next(iter(models.values()))
+    ids = torch.randint(
+        vocab or first.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)
+    )
+    samples: dict[str, dict[str, list[float]]] = {
+        name: {"prefill": [], "decode": []} for name in models
+    }
+    with torch.inference_mode():
+        for round_ in tqdm(
+            range(rounds + 1), desc="measure speed", unit="round", delay=1, leave=False
+        ):
+            for name, model in models.items():
+                started = time.perf_counter()
+                model(ids, logits_to_keep=1)
+                prefill = time.perf_counter() - started
+                output = model(ids[:, :16], use_cache=True, logits_to_keep=1)
+                started = time.perf_counter()
+                for _ in range(decode):
+                    token = output.logits[:, -1:].argmax(-1)
+                    output = model(token, past_key_values=output.past_key_values, use_cache=True)
+                seconds = time.perf_counter() - started
+                if round_:  # the first one warms up
+                    samples[name]["prefill"].append(prompt / prefill)
+                    samples[name]["decode"].append(decode / seconds)
+    return {
+        name: {what: statistics.median(values) for what, values in of.items()}
+        for name, of in samples.items()
+    }

@@ -1,0 +1,217 @@
+"""The command `llmq`: compress, eval, bench, doctor, demo."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Heavy imports stand in the commands: `llmq --help` must not wait for torch.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 1 with one line on standard error."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        print("llmq: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("LLMQ_DEBUG") == "1":
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"llmq: {message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llmq",
+        description="Makes Transformers smaller and faster without losing what they know.",
+        epilog="LLMQ_DEBUG=1 shows tracebacks, LLMQ_PRINT_KERNELS=1 the kernels that run.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    model = "a directory (llmq's or transformers'), a .gguf file, or smollm2"
+
+    compress = commands.add_parser("compress", help="quantize, prune and fine-tune a model")
+    compress.add_argument("model", help=model)
+    compress.add_argument("-o", "--output", required=True, type=Path, metavar="DIR")
+    compress.add_argument("--scheme", help="w8a8, w8a8-g64, w8a16, w4a16-g32 … or none")
+    compress.add_argument("--bits", type=int, default=8, help="8 or 4, where no scheme is named")
+    compress.add_argument("--prune", type=float, metavar="RATE", help="share of weights to drop")
+    compress.add_argument("--pattern", default="unstructured", help="what --prune keeps to")
+    compress.add_argument("--skip", action="append", metavar="NAME", help='layers; "" for none')
+    compress.add_argument("--fine-tune", type=Path, metavar="FILE", help="text to recover on")
+    compress.add_argument("--steps", type=int, default=60, help="of fine-tuning")
+    compress.add_argument("--lr", type=float, help="peak learning rate of fine-tuning")
+    compress.add_argument("--json", action="store_true", help="print the report as JSON")
+    compress.set_defaults(run=_compress)
+
+    evaluate = commands.add_parser("eval", help="measure a model on a text")
+    evaluate.add_argument("model", help=model)
+    evaluate.add_argument("--text", required=True, type=Path, metavar="FILE")
+    evaluate.add_argument("--baseline", metavar="MODEL", help="compare with this original")
+    evaluate.add_argument("--tokens", type=int, default=4096, help="of the text, at most")
+    evaluate.add_argument("--html", type=Path, metavar="FILE", help="with --baseline: a report")
+    evaluate.add_argument("--json", action="store_true")
+    evaluate.set_defaults(run=_eval)
+
+    bench = commands.add_parser("bench", help="measure the kernels of this machine")
+    bench.add_argument("what", nargs="?", default="linear", choices=("linear", "model"))
+    bench.add_argument("--threads", type=int, help="of torch")
+    bench.add_argument("--shape", action="append", metavar="NxK", help="instead of all shapes")
+    bench.add_argument("--tokens", action="append", type=int, metavar="M")
+    bench.add_argument("--scheme", action="append")
+    bench.add_argument("--json", action="store_true")
+    bench.set_defaults(run=_bench)
+
+    doctor = commands.add_parser("doctor", help="tell which parts work here, and why others do not")
+    doctor.add_argument("--json", action="store_true")
+    doctor.set_defaults(run=_doctor)
+
+    demo = commands.add_parser("demo", help="compress SmolLM2-135M and show what that gives")
+    demo.add_argument("--quick", action="store_true", help="less text, hardly any fine-tuning")
+    demo.add_argument("--fresh", action="store_true", help="fine-tune again, cached or not")
+    demo.add_argument("-o", "--output", type=Path, default=Path("demo-report"), metavar="DIR")
+    form = demo.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true")
+    form.add_argument("--markdown", action="store_true", help="as the table in the README")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _compress(args: argparse.Namespace) -> None:
+    import llmq
+    from llmq.integrations.models import open_model
+
+    if args.scheme is None and args.prune is None and args.fine_tune is None:
+        args.scheme = "w8a8"
+    model, tokenizer = open_model(args.model)
+    skip = None if args.skip is None else tuple(name for name in args.skip if name)
+    teacher = None
+    batches: list[Any] = []
+    if args.fine_tune is not None:
+        import copy
+
+        batches = _training_text(args.fine_tune, tokenizer, args.steps)
+        teacher = copy.deepcopy(model)
+    if args.prune is not None:
+        llmq.prune(model, args.prune, pattern=args.pattern, skip=skip)
+    if args.scheme != "none":
+        llmq.quantize(model, args.bits, scheme=args.scheme, skip=skip)
+    if teacher is not None:
+        history = llmq.fine_tune(model, batches, steps=args.steps, lr=args.lr, teacher=teacher)
+        print(history, file=sys.stderr)
+    llmq.save(model, args.output)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(args.output)
+    report: Any = model.llmq_report
+    print(report.to_json() if args.json else report)
+
+
+def _training_text(file: Path, tokenizer: Any, steps: int) -> list[Any]:
+    from llmq.demo import Recipe, training_batches
+
+    if steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {steps}")
+    tokens = _tokens(file, tokenizer)
+    recipe = Recipe(steps=steps)
+    if tokens.numel() < recipe.tokens:
+        raise ValueError(f"{file} holds {tokens.numel()} tokens; at least {recipe.tokens} would do")
+    return training_batches(tokens, recipe)
+
+
+def _tokens(file: Path, tokenizer: Any) -> Any:
+    import torch
+
+    if tokenizer is None:
+        raise ValueError("the model's directory has no tokenizer; copy its tokenizer.json there")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist")
+    text = file.read_text(encoding="utf-8")
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    import llmq
+    from llmq.integrations.models import open_model
+
+    model, tokenizer = open_model(args.model)
+    baseline, other = (None, None) if args.baseline is None else open_model(args.baseline)
+    tokens = _tokens(args.text, tokenizer if tokenizer is not None else other)[: args.tokens]
+    if baseline is None:
+        metrics = llmq.evaluate(model, tokens)
+        print(json.dumps(metrics.to_dict(), indent=1) if args.json else metrics)
+        return
+    report = llmq.compare(baseline, model, tokens)
+    if args.html is not None:
+        report.to_html(args.html)
+    print(report.to_json() if args.json else report)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    import torch
+
+    from llmq import bench
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.what == "linear":
+        shapes = tuple(_shape(text) for text in args.shape) if args.shape else bench.SHAPES
+        tokens = tuple(args.tokens) if args.tokens else bench.TOKENS
+        schemes = tuple(args.scheme) if args.scheme else bench.SCHEMES
+        records = bench.linear(shapes, tokens, schemes)
+        whole = {"machine": bench.machine(), "records": records}
+        print(json.dumps(whole, indent=1) if args.json else bench.linear_table(records))
+        return
+    import copy
+
+    import llmq
+    from llmq.integrations import smollm2
+
+    original, _ = smollm2.load()
+    models: dict[str, Any] = {"float32": original}
+    for scheme in args.scheme or ("w8a8", "w8a8-g64", "w8a16", "w4a16-g32", "w4a8-g32"):
+        models[scheme] = llmq.quantize(copy.deepcopy(original), scheme=scheme)
+    speeds = bench.model_speeds(models)
+    if args.json:
+        print(json.dumps({"machine": bench.machine(), "tokens_per_second": speeds}, indent=1))
+        return
+    print(f"{'SmolLM2-135M':<16}{'prefill tok/s':>16}{'decode tok/s':>16}")
+    for name, speed in speeds.items():
+        print(f"{name:<16}{speed['prefill']:>16.0f}{speed['decode']:>16.1f}")
+
+
+def _shape(text: str) -> tuple[int, int]:
+    N, _, K = text.lower().replace("×", "x").partition("x")
+    if not (N.isdigit() and K.isdigit() and int(N) and int(K)):
+        raise ValueError(f"--shape takes outputs x inputs, say 4096x4096, got {text!r}")
+    return int(N), int(K)
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    import llmq
+
+    diagnosis = llmq.doctor()
+    print(diagnosis.to_json() if args.json else diagnosis)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from llmq import demo
+
+    record = demo.run(args.output, quick=args.quick, fresh=args.fresh)
+    if args.json:
+        print(json.dumps(record, indent=1))
+    else:
+        print(demo.markdown(record) if args.markdown else demo.table(record))
+        print(f"\n{args.output / 'demo.html'} and {args.output / 'demo.json'} hold the rest")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
