@@ -10,7 +10,12 @@
 namespace llmq {
 namespace {
 
-constexpr int64_t kAhead = 1024;  // bytes of a panel to prefetch ahead
+// What a tile fetches besides the weights that it reads: nothing; the same panels 1 KiB ahead (one
+// tile of tokens: memory is the limit); or its half of the next panels (several tiles: while they
+// compute, so that neither memory nor the multiplier waits for the other).
+enum class Fetch { none, ahead, next };
+constexpr int64_t kAhead = 1024;
+constexpr int64_t kNextLines = 2;  // a block of 4 panels: two tiles fetch the next four panels
 
 __mmask16 tail(int64_t left) {
   return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
@@ -34,16 +39,26 @@ struct Dots {
 };
 
 // Adds `blocks` blocks of P panels × T tokens.
-template <int P, int T>
+template <Fetch fetch, int P, int T>
 [[gnu::always_inline]] inline void add_blocks(Dots<P, T>& dots, const uint8_t* weight,
                                               int64_t panel_bytes, const int8_t* x,
-                                              int64_t x_stride, int64_t blocks) {
+                                              int64_t x_stride, int64_t blocks,
+                                              const uint8_t* next) {
   for (int64_t i = 0; i < blocks; ++i) {
     __m512i w[P];
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
       w[p] = _mm512_loadu_si512(weight + p * panel_bytes);
-      if constexpr (T <= 4) _mm_prefetch(weight + p * panel_bytes + kAhead, _MM_HINT_T0);
+      if constexpr (fetch == Fetch::ahead) {
+        _mm_prefetch(weight + p * panel_bytes + kAhead, _MM_HINT_T0);
+      }
+    }
+    if constexpr (fetch == Fetch::next) {
+#pragma GCC unroll 4
+      for (int line = 0; line < kNextLines; ++line) {
+        _mm_prefetch(next + line * kBlockBytes, _MM_HINT_T1);
+      }
+      next += kNextLines * kBlockBytes;
     }
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) {
@@ -56,8 +71,8 @@ template <int P, int T>
   }
 }
 
-template <int P, int T>
-void tile(const Int8Gemm& g, int64_t n, int64_t m) {
+template <Fetch fetch, int P, int T>
+void tile(const Int8Gemm& g, int64_t n, int64_t m, const uint8_t* next) {
   const uint8_t* weight = g.weight + n * g.K4 * 4;
   const int64_t panel_bytes = g.K4 * kBlockBytes, group_blocks = g.K4 / g.groups;
   const int8_t* x = g.x + m * g.x_stride;
@@ -70,8 +85,9 @@ void tile(const Int8Gemm& g, int64_t n, int64_t m) {
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) dots.of[p][t] = offset;
     }
-    add_blocks(dots, weight, panel_bytes, x, g.x_stride, group_blocks);
+    add_blocks<fetch>(dots, weight, panel_bytes, x, g.x_stride, group_blocks, next);
     weight += group_blocks * kBlockBytes;
+    next += group_blocks * kNextLines * kBlockBytes;
     x += group_blocks * 4;
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) {
@@ -98,26 +114,43 @@ void tile(const Int8Gemm& g, int64_t n, int64_t m) {
   }
 }
 
-using Tile = void(const Int8Gemm&, int64_t n, int64_t m);
-template <int P>
-constexpr Tile* kTiles[] = {nullptr,    tile<P, 1>, tile<P, 2>, tile<P, 3>,
-                            tile<P, 4>, tile<P, 5>, tile<P, 6>};
-
+using Tile = void(const Int8Gemm&, int64_t n, int64_t m, const uint8_t* next);
+template <Fetch fetch, int P>
+constexpr Tile* kTiles[] = {nullptr,           tile<fetch, P, 1>, tile<fetch, P, 2>,
+                            tile<fetch, P, 3>, tile<fetch, P, 4>, tile<fetch, P, 5>,
+                            tile<fetch, P, 6>};
 constexpr int64_t kTokens = 6;
+
+// Two times four panels and the codes of a tile stay within a second-level cache of 1 MiB.
+constexpr int64_t kFetchBytes = 384 << 10;
 
 }  // namespace
 
 void int8_gemm_avx512vnni(const Int8Gemm& g) {
   // M tokens in as few tiles as will do, of sizes that differ by at most one.
-  const int64_t tiles = ceil_div(g.M, kTokens);
-  for (int64_t n = 0; n < g.N;) {
-    const bool four = g.N - n > 3 * kPanel;
+  const int64_t tiles = ceil_div(g.M, kTokens), panel_bytes = g.K4 * kBlockBytes;
+  int64_t n = 0;
+  for (; g.N - n > 3 * kPanel; n += 4 * kPanel) {
+    const uint8_t* next = g.weight + (n / kPanel + 4) * panel_bytes;
+    const bool fetch_next = g.N - n > 7 * kPanel && 4 * panel_bytes <= kFetchBytes;
     for (int64_t i = 0, m = 0; i < tiles; ++i) {
       const int64_t count = (g.M - m) / (tiles - i);
-      (four ? kTiles<4> : kTiles<1>)[count](g, n, m);
+      if (tiles == 1) {
+        kTiles<Fetch::ahead, 4>[count](g, n, m, next);
+      } else if (fetch_next && i < 2) {
+        kTiles<Fetch::next, 4>[count](g, n, m, next + i* kNextLines* panel_bytes);
+      } else {
+        kTiles<Fetch::none, 4>[count](g, n, m, next);
+      }
       m += count;
     }
-    n += (four ? 4 : 1) * kPanel;
+  }
+  for (; n < g.N; n += kPanel) {
+    for (int64_t i = 0, m = 0; i < tiles; ++i) {
+      const int64_t count = (g.M - m) / (tiles - i);
+      kTiles<Fetch::none, 1>[count](g, n, m, nullptr);
+      m += count;
+    }
   }
 }
 
