@@ -12,9 +12,8 @@ struct BitmapPanels {
 };
 
 // Checks shapes, dtypes and order; unpack_bitmap_panels also checks each mask against its count.
-BitmapPanels check_bitmap_panels(const char* op, const Tensor& weight,
-                                 const Tensor& weight_bitmask, const Tensor& panel_offsets,
-                                 int64_t N, int64_t K);
+BitmapPanels check_bitmap_panels(const char* op, const Tensor& weight, const Tensor& weight_bitmask,
+                                 const Tensor& panel_offsets, int64_t N, int64_t K);
 
 // Checks canonical storage [N, K] in full, masks against counts included.
 void check_bitmap(const char* op, const Tensor& weight, const Tensor& weight_bitmask,

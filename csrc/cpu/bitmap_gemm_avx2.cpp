@@ -33,8 +33,7 @@ alignas(64) constexpr Table kTable = make_table();
 
 __m128i two_halves(const void* low, const void* high) {
   const __m128i half = _mm_loadl_epi64(static_cast<const __m128i*>(low));
-  return _mm_castpd_si128(
-      _mm_loadh_pd(_mm_castsi128_pd(half), static_cast<const double*>(high)));
+  return _mm_castpd_si128(_mm_loadh_pd(_mm_castsi128_pd(half), static_cast<const double*>(high)));
 }
 
 // The next 16 signed codes, 0 where absent; moves `weight` behind their kept bytes.
@@ -112,8 +111,7 @@ void panel(const Int8Gemm& g, const uint8_t* weight, const uint8_t* mask, int64_
     const __m256 bias =
         g.bias == nullptr ? _mm256_setzero_ps() : _mm256_maskload_ps(g.bias + n, lanes);
     for (int t = 0; t < T; ++t)
-      _mm256_maskstore_ps(g.y + t * g.y_stride + n, lanes,
-                          _mm256_fmadd_ps(sum[h][t], scale, bias));
+      _mm256_maskstore_ps(g.y + t * g.y_stride + n, lanes, _mm256_fmadd_ps(sum[h][t], scale, bias));
   }
 }
 

@@ -24,16 +24,14 @@ __m512i next_block(const uint8_t*& weight, const uint8_t* mask) {
   asm("" : "+v"(kept));  // vpexpandb from memory is microcoded on AMD, and GCC would fold the load
   weight += _mm_popcnt_u64(bits);
   _mm_prefetch(reinterpret_cast<const char*>(weight) + kAhead, _MM_HINT_T0);
-  return _mm512_mask_expand_epi8(_mm512_set1_epi8(static_cast<char>(0x80)),
-                                 _cvtu64_mask64(bits), kept);
+  return _mm512_mask_expand_epi8(_mm512_set1_epi8(static_cast<char>(0x80)), _cvtu64_mask64(bits),
+                                 kept);
 }
 
 // sums += 4 products u8 · s8 a lane, with the 4 inputs at x broadcast. int8_gemm says why assembly.
 void dot4(__m512i& sums, __m512i weight, const int8_t* x) {
   using Four = const int8_t[4];
-  asm("vpdpbusd %2%{1to16%}, %1, %0"
-      : "+v"(sums)
-      : "v"(weight), "m"(*reinterpret_cast<Four*>(x)));
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(weight), "m"(*reinterpret_cast<Four*>(x)));
 }
 
 template <int T>

@@ -5,7 +5,6 @@
 // activations become three int8 rows each, so that they share those kernels. Floating-point values
 // run row by row: layers keep such weights dense.
 #include <algorithm>
-#include <cmath>
 #include <numeric>
 #include <vector>
 
@@ -58,14 +57,14 @@ void over_outputs(const Weight& w, int64_t rows, const Body& body) {
 const uint8_t* expand(const Weight& w, int64_t first, int64_t last) {
   const int64_t p = first / kPanel, blocks = ceil_div(last - first, kPanel) * w.blocks();
   auto* const panels = scratch<uint8_t>(Slot::panel, blocks * kBlockBytes);
-  bitmap_expand()({w.kept.weight + w.kept.start[p], w.kept.mask + p * w.blocks() * 8, blocks,
-                   panels});
+  bitmap_expand()(
+      {w.kept.weight + w.kept.start[p], w.kept.mask + p * w.blocks() * 8, blocks, panels});
   return panels;
 }
 
 // y [rows, N] = codes · weight, scaled, with bias.
-void multiply(const Weight& w, const Activations& a, int64_t rows, int64_t group,
-              const float* bias, float* y) {
+void multiply(const Weight& w, const Activations& a, int64_t rows, int64_t group, const float* bias,
+              float* y) {
   const bool whole_blocks = a.groups == 1 || group % 4 == 0;
   over_outputs(w, rows, [&](int64_t begin, int64_t end) {
     const auto gemm = [&](const uint8_t* weight, int64_t m, int64_t count, int64_t n,
@@ -88,8 +87,8 @@ void multiply(const Weight& w, const Activations& a, int64_t rows, int64_t group
       const int64_t p = begin / kPanel;
       for (int64_t m = 0; m < rows; m += kBitmapTokens) {
         const int64_t count = std::min(kBitmapTokens, rows - m);
-        bitmap_gemm()({gemm(w.kept.weight, m, count, begin, end),
-                       w.kept.mask + p * w.blocks() * 8, w.kept.start + p});
+        bitmap_gemm()({gemm(w.kept.weight, m, count, begin, end), w.kept.mask + p * w.blocks() * 8,
+                       w.kept.start + p});
       }
       return;
     }
@@ -139,11 +138,11 @@ Activations split(const Rows& x, int64_t m, int64_t tokens, int64_t segment) {
   return out;
 }
 
-// Whether a row has what codes cannot hold: NaN, infinity, or segments below quantize_rows' 1e-30.
+// Whether a row has what codes cannot hold: NaN, infinity, segments below quantize_rows' 1e-30, or
+// inputs whose dot product would overflow before weight_scale is applied.
 bool beyond_codes(const float* scale, int64_t groups) {
-  return std::any_of(scale, scale + groups, [](float s) {
-    return !std::isfinite(s) || (s > 0 && s < 1e-32f);
-  });
+  return std::any_of(scale, scale + groups,
+                     [](float s) { return !(s <= 1e28f) || (s > 0 && s < 1e-32f); });
 }
 
 // One row in floating point throughout: slow, and NaN and infinity come out as in a dense product.
@@ -258,9 +257,9 @@ Tensor bitmap_sparse_linear(const Tensor& x, const Tensor& weight, const Tensor&
                " rows, weight_scale ", N);
     stored = pack_bitmap_panels(weight, weight_bitmask, row_offsets, K);
   }
-  const Weight w{check_bitmap_panels(kOp, std::get<0>(stored), std::get<1>(stored),
-                                     std::get<2>(stored), N, K),
-                 float_data(kOp, "weight_scale", *weight_scale), N, K};
+  const Weight w{
+      check_bitmap_panels(kOp, std::get<0>(stored), std::get<1>(stored), std::get<2>(stored), N, K),
+      float_data(kOp, "weight_scale", *weight_scale), N, K};
   const float* const biases = float_bias(kOp, bias, N);
   const Tensor y = empty_output(rows, N);
   if (M == 0 || N == 0) return y;

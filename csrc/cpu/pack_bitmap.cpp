@@ -12,7 +12,7 @@ namespace {
 
 constexpr const char* kPack = "pack_bitmap_panels";
 constexpr const char* kUnpack = "unpack_bitmap_panels";
-constexpr uint8_t kFlip = 0x80;  // int8 code ↔ code + 128
+constexpr uint8_t kFlip = 0x80;      // int8 code ↔ code + 128
 constexpr int64_t kGrain = 1 << 14;  // inputs of panels that a thread takes: some 100 us
 
 template <class Body>
@@ -76,18 +76,17 @@ void check_bitmap(const char* op, const Tensor& weight, const Tensor& weight_bit
   LLMQ_CHECK(together, op, "weight, weight_bitmask and row_offsets do not belong together");
 }
 
-BitmapPanels check_bitmap_panels(const char* op, const Tensor& weight,
-                                 const Tensor& weight_bitmask, const Tensor& panel_offsets,
-                                 int64_t N, int64_t K) {
+BitmapPanels check_bitmap_panels(const char* op, const Tensor& weight, const Tensor& weight_bitmask,
+                                 const Tensor& panel_offsets, int64_t N, int64_t K) {
   const int64_t P = ceil_div(N, kPanel), K4 = ceil_div(K, 4);
   LLMQ_CHECK(weight_bitmask.scalar_type() == ScalarType::Byte && weight_bitmask.dim() == 3 &&
                  weight_bitmask.size(0) == P && weight_bitmask.size(1) == K4 &&
                  weight_bitmask.size(2) == 8 && weight_bitmask.is_contiguous(),
              op, "weight_bitmask must be contiguous uint8 panels [", P, ", ", K4,
              ", 8] for x [..., ", K, "] and ", N, " outputs");
-  LLMQ_CHECK(weight.scalar_type() == ScalarType::Char && weight.dim() == 1 &&
-                 weight.is_contiguous(),
-             op, "weight of bitmap panels must be contiguous int8 with one dimension");
+  LLMQ_CHECK(
+      weight.scalar_type() == ScalarType::Char && weight.dim() == 1 && weight.is_contiguous(), op,
+      "weight of bitmap panels must be contiguous int8 with one dimension");
   const int64_t* const start = int64_data(op, "offsets of panels", panel_offsets, P + 1);
   bool ordered = start[0] == 0 && start[P] + kBlockBytes == weight.numel();
   for (int64_t p = 0; p < P; ++p) ordered = ordered && start[p] <= start[p + 1];
@@ -103,8 +102,8 @@ Tensors3 pack_bitmap_panels(const Tensor& weight, const Tensor& weight_bitmask,
              "weight must be int8, the only values that panels hold, got ",
              torch::headeronly::toString(weight.scalar_type()));
   LLMQ_CHECK(K >= 0 && weight_bitmask.dim() == 2, kPack,
-             "weight_bitmask must be [N, ceil(K/8)] and K not negative, got ",
-             weight_bitmask.dim(), " dimensions and K=", K);
+             "weight_bitmask must be [N, ceil(K/8)] and K not negative, got ", weight_bitmask.dim(),
+             " dimensions and K=", K);
   const int64_t N = weight_bitmask.size(0), P = ceil_div(N, kPanel), K4 = ceil_div(K, 4);
   const Tensor values = as_contiguous(weight), bits = as_contiguous(weight_bitmask),
                rows = as_contiguous(row_offsets);
