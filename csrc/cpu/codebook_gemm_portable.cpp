@@ -7,30 +7,39 @@
 namespace llmq {
 namespace {
 
-// codebook[code] of the 16 outputs at input k.
+// Left alone, compilers unroll loops over 16 outputs into scalars before they look for vectors.
+typedef float Floats __attribute__((vector_size(16)));
+constexpr int kVectors = 4;  // 16 outputs
+
+Floats load(const float* p) {
+  Floats vector;
+  std::memcpy(&vector, p, sizeof(vector));
+  return vector;
+}
+
+// codebook[code] of outputs 4v … 4v + 3 at input k.
 template <int kBits>
-void decode(const CodebookPanel& p, int64_t k, float (&value)[kPanel]) {
+Floats decode(const CodebookPanel& p, int64_t k, int v) {
   constexpr int64_t kInputs = 32 / kBits;
   const int64_t j = k % kInputs;
-  const auto shift = static_cast<int>(8 * (j % 4) + 4 * (j / 4));
-  uint32_t words[kPanel];
-  std::memcpy(words, p.weight + k / kInputs * kBlockBytes, kBlockBytes);
-  for (int64_t n = 0; n < kPanel; ++n) {
-    value[n] = p.codebook[n * p.codebook_stride + ((words[n] >> shift) & ((1u << kBits) - 1))];
-  }
+  const uint8_t* const bytes = p.weight + k / kInputs * kBlockBytes + 16 * v + j % 4;
+  const float* const table = p.codebook + 4 * v * p.codebook_stride;
+  const auto at = [&](int64_t n) {
+    const int code = kBits == 8 ? bytes[4 * n] : (bytes[4 * n] >> (j / 4 * 4)) & 15;
+    return table[n * p.codebook_stride + code];
+  };
+  return Floats{at(0), at(1), at(2), at(3)};
 }
 
 template <int kBits>
 void gemv(const CodebookPanel& p) {
-  float y[kPanel] = {};
+  Floats y[kVectors] = {};
   for (int64_t begin = 0, g = 0; begin < p.K; begin += p.group, g += kPanel) {
-    float sum[kPanel] = {};
+    Floats sum[kVectors] = {};
     for (int64_t k = begin; k < begin + p.group; ++k) {
-      float value[kPanel];
-      decode<kBits>(p, k, value);
-      for (int64_t n = 0; n < kPanel; ++n) sum[n] += value[n] * p.x[k];
+      for (int v = 0; v < kVectors; ++v) sum[v] += decode<kBits>(p, k, v) * p.x[k];
     }
-    for (int64_t n = 0; n < kPanel; ++n) y[n] += sum[n] * p.scale[g + n];
+    for (int v = 0; v < kVectors; ++v) y[v] += sum[v] * load(p.scale + g + 4 * v);
   }
   std::memcpy(p.y, y, sizeof(y));
 }
@@ -38,11 +47,12 @@ void gemv(const CodebookPanel& p) {
 template <int kBits>
 void dequantize(const CodebookPanel& p) {
   for (int64_t k = p.k; k < p.k + p.count; ++k) {
-    float value[kPanel];
-    decode<kBits>(p, k, value);
     float* const dense = p.dense + (k - p.k) * kPanel;
     const float* const scale = p.scale + k / p.group * kPanel;
-    for (int64_t n = 0; n < kPanel; ++n) dense[n] = value[n] * scale[n];
+    for (int v = 0; v < kVectors; ++v) {
+      const Floats value = decode<kBits>(p, k, v) * load(scale + 4 * v);
+      std::memcpy(dense + 4 * v, &value, sizeof(value));
+    }
   }
 }
 

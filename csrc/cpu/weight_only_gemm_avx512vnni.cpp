@@ -101,6 +101,13 @@ void gemm(const WeightOnlyInt8Gemm& g) {
     if (--left_in_group == 0) {
       scale += kPanel;
       zero += kPanel;
+      if (g.next_scale != nullptr) {  // otherwise each panel starts by waiting for memory
+        const int64_t i = scale - g.scale;
+        _mm_prefetch(reinterpret_cast<const char*>(g.next_scale + i), _MM_HINT_T0);
+        if (g.next_zero != nullptr && i % 64 == 0) {
+          _mm_prefetch(reinterpret_cast<const char*>(g.next_zero + i), _MM_HINT_T0);
+        }
+      }
       left_in_group = g.segments_per_group;
     }
   }

@@ -1,6 +1,8 @@
-// weight_only_linear in plain C++, for any segment: one input of 16 outputs at a time, in loops
-// over the outputs that a compiler turns into whatever vectors it has. Also serves, on every
+// weight_only_linear without an instruction set of its own, for any segment: one input of 16 outputs
+// at a time, in the 128-bit vectors that every target of GCC and Clang has. Also serves, on every
 // instruction set, segments that end inside a block.
+//
+// Integer dot products run in float32, exact while below 2^24: 255 · 127 · 512 is.
 #include <cstring>
 
 #include "kernels.h"
@@ -8,58 +10,75 @@
 namespace llmq {
 namespace {
 
-// The 16 outputs' words of a block as input k needs them, and the shift to its code.
-struct Input {
-  uint32_t words[kPanel];
-  int shift;
-};
+// Left alone, compilers unroll loops over 16 outputs into scalars before they look for vectors.
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+constexpr int kVectors = 4;            // 16 outputs
+constexpr int64_t kExactInputs = 512;  // products that float32 adds without rounding
 
-template <int kBits>
-Input input_of(const uint8_t* weight, int64_t k) {
-  constexpr int64_t kInputs = 32 / kBits;
-  const int64_t j = k % kInputs;
-  Input input;
-  std::memcpy(input.words, weight + k / kInputs * kBlockBytes, kBlockBytes);
-  input.shift = static_cast<int>(8 * (j % 4) + 4 * (j / 4));
-  return input;
+template <class Vector, class T>
+Vector load(const T* p) {
+  Vector vector;
+  std::memcpy(&vector, p, sizeof(vector));
+  return vector;
 }
 
-// (w − zero) of the 16 outputs at input k.
-template <int kBits, class T>
-void decode(const uint8_t* weight, const int32_t* zero, int64_t k, T (&value)[kPanel]) {
-  const Input input = input_of<kBits>(weight, k);
-  for (int64_t n = 0; n < kPanel; ++n) {
-    const auto code = static_cast<int32_t>((input.words[n] >> input.shift) & ((1u << kBits) - 1));
-    value[n] = static_cast<T>(code - zero[n]);
+void store(float* p, Floats vector) { std::memcpy(p, &vector, sizeof(vector)); }
+
+constexpr int shift_of(int64_t j) { return static_cast<int>(8 * (j % 4) + 4 * (j / 4)); }
+
+// Calls body(k, block, shift) for inputs begin … end; whole blocks with shifts known when compiled.
+template <int kBits, class Body>
+void for_inputs(const uint8_t* weight, int64_t begin, int64_t end, const Body& body) {
+  constexpr int64_t kInputs = 32 / kBits;
+  for (int64_t k = begin; k < end;) {
+    const uint8_t* const block = weight + k / kInputs * kBlockBytes;
+    if (k % kInputs == 0 && end - k >= kInputs) {
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < kInputs; ++j) body(k + j, block, shift_of(j));
+      k += kInputs;
+    } else {
+      body(k, block, shift_of(k % kInputs));
+      ++k;
+    }
   }
+}
+
+// w − zero of outputs 4v … 4v + 3.
+template <int kBits>
+Floats decode(const uint8_t* block, const int32_t* zero, int shift, int v) {
+  const Ints code = (load<Ints>(block + v * 16) >> shift) & ((1 << kBits) - 1);
+  return __builtin_convertvector(code - load<Ints>(zero + 4 * v), Floats);
 }
 
 template <int kBits, int kRows>
 void int8_gemm(const WeightOnlyInt8Gemm& g, int64_t row) {
   float* const y = g.y + row * kPanel;
   for (int64_t i = 0; i < kRows * kPanel; ++i) y[i] = 0;
-  const int32_t no_zero[kPanel] = {};
   for (int64_t begin = 0, s = 0; begin < g.K; begin += g.segment, ++s) {
     const int64_t end = g.K - begin < g.segment ? g.K : begin + g.segment;
     const int64_t group = s / g.segments_per_group * kPanel;
-    const int32_t* const x_sum = g.x_sum + s * g.rows + row;
     const float* const x_scale = g.x_scale + s * g.rows + row;
-    int32_t dot[kRows][kPanel];
-    for (int r = 0; r < kRows; ++r) {
-      for (int64_t n = 0; n < kPanel; ++n) dot[r][n] = g.zero[group + n] * x_sum[r];
-    }
-    for (int64_t k = begin; k < end; ++k) {
-      int16_t code[kPanel];  // 16 × 16 → 32 bits is the one integer product that every x86 has
-      decode<kBits>(g.weight, no_zero, k, code);
-      const int8_t* const x = g.x + (k / 4 * g.rows + row) * 4 + k % 4;
+    Ints dot[kRows][kVectors] = {};
+    for (int64_t part = begin; part < end; part += kExactInputs) {
+      const int64_t stop = end - part < kExactInputs ? end : part + kExactInputs;
+      Floats sum[kRows][kVectors] = {};
+      for_inputs<kBits>(g.weight, part, stop, [&](int64_t k, const uint8_t* block, int shift) {
+        const int8_t* const x = g.x + (k / 4 * g.rows + row) * 4 + k % 4;
+        for (int v = 0; v < kVectors; ++v) {
+          const Floats value = decode<kBits>(block, g.zero + group, shift, v);
+          for (int r = 0; r < kRows; ++r) sum[r][v] += value * static_cast<float>(x[r * 4]);
+        }
+      });
       for (int r = 0; r < kRows; ++r) {
-        const int16_t input = x[r * 4];
-        for (int64_t n = 0; n < kPanel; ++n) dot[r][n] += code[n] * input;
+        for (int v = 0; v < kVectors; ++v) dot[r][v] += __builtin_convertvector(sum[r][v], Ints);
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      for (int64_t n = 0; n < kPanel; ++n) {
-        y[r * kPanel + n] += static_cast<float>(dot[r][n]) * (g.scale[group + n] * x_scale[r]);
+      for (int v = 0; v < kVectors; ++v) {
+        float* const target = y + r * kPanel + 4 * v;
+        const Floats both = load<Floats>(g.scale + group + 4 * v) * x_scale[r];
+        store(target, load<Floats>(target) + __builtin_convertvector(dot[r][v], Floats) * both);
       }
     }
   }
@@ -74,39 +93,41 @@ void int8_gemm_rows(const WeightOnlyInt8Gemm& g) {
 
 template <int kBits>
 void gemv(const WeightOnlyPanel& p) {
-  float y[kPanel] = {};
+  Floats y[kVectors] = {};
   for (int64_t begin = 0, g = 0; begin < p.K; begin += p.group, g += kPanel) {
-    float sum[kPanel] = {};
-    for (int64_t k = begin; k < begin + p.group; ++k) {
-      float value[kPanel];
-      decode<kBits>(p.weight, p.zero + g, k, value);
-      for (int64_t n = 0; n < kPanel; ++n) sum[n] += value[n] * p.x[k];
-    }
-    for (int64_t n = 0; n < kPanel; ++n) y[n] += sum[n] * p.scale[g + n];
+    Floats sum[kVectors] = {};
+    const auto add = [&](int64_t k, const uint8_t* block, int shift) {
+      for (int v = 0; v < kVectors; ++v) {
+        sum[v] += decode<kBits>(block, p.zero + g, shift, v) * p.x[k];
+      }
+    };
+    for_inputs<kBits>(p.weight, begin, begin + p.group, add);
+    for (int v = 0; v < kVectors; ++v) y[v] += sum[v] * load<Floats>(p.scale + g + 4 * v);
   }
-  std::memcpy(p.y, y, sizeof(y));
+  for (int v = 0; v < kVectors; ++v) store(p.y + 4 * v, y[v]);
 }
 
 template <int kBits>
 void dequantize(const WeightOnlyPanel& p) {
-  for (int64_t k = p.k; k < p.k + p.count; ++k) {
+  for_inputs<kBits>(p.weight, p.k, p.k + p.count, [&](int64_t k, const uint8_t* block, int shift) {
     const int64_t g = k / p.group * kPanel;
-    float value[kPanel];
-    decode<kBits>(p.weight, p.zero + g, k, value);
-    float* const dense = p.dense + (k - p.k) * kPanel;
-    for (int64_t n = 0; n < kPanel; ++n) dense[n] = value[n] * p.scale[g + n];
-  }
+    for (int v = 0; v < kVectors; ++v) {
+      const Floats value = decode<kBits>(block, p.zero + g, shift, v);
+      store(p.dense + (k - p.k) * kPanel + 4 * v, value * load<Floats>(p.scale + g + 4 * v));
+    }
+  });
 }
 
 template <int kRows>
 void panel_gemm(const PanelGemm& g, int64_t row) {
   float* const y = g.y + row * kPanel;
-  float sum[kRows][kPanel];
+  Floats sum[kRows][kVectors];
   std::memcpy(sum, y, sizeof(sum));
   for (int64_t k = 0; k < g.K; ++k) {
-    for (int r = 0; r < kRows; ++r) {
-      const float input = g.x[k * g.rows + row + r];
-      for (int64_t n = 0; n < kPanel; ++n) sum[r][n] += g.dense[k * kPanel + n] * input;
+    const float* const x = g.x + k * g.rows + row;
+    for (int v = 0; v < kVectors; ++v) {
+      const auto weight = load<Floats>(g.dense + k * kPanel + 4 * v);
+      for (int r = 0; r < kRows; ++r) sum[r][v] += weight * x[r];
     }
   }
   std::memcpy(y, sum, sizeof(sum));

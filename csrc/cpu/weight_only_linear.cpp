@@ -110,6 +110,8 @@ void run_codes(const Weight& w, const Codes& c, int64_t segment, const Result& r
   const int64_t products = c.tokens * c.digits * w.K * kPanel;
   for_panels(ceil_div(w.N, kPanel), products, [&](int64_t panel) {
     const Panel ready = prepare(w, panel);
+    const int64_t next = (panel + 1) * kPanel * w.groups;
+    const bool fetch = w.groups > 1 && (panel + 1) * kPanel < w.N;
     alignas(64) float y[kTile * kPanel];
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t row = tiles.begin(t) * c.digits;
@@ -124,7 +126,9 @@ void run_codes(const Weight& w, const Codes& c, int64_t segment, const Result& r
               .x_scale = x.scale + row * x.segments,
               .x_sum = x.sum + row * x.segments,
               .rows = tiles.size(t) * c.digits,
-              .y = y});
+              .y = y,
+              .next_scale = fetch && t == 0 ? w.scale + next : nullptr,
+              .next_zero = fetch && w.zero_point != nullptr ? w.zero_point + next : nullptr});
       result.put(y, c.digits, tiles.begin(t), tiles.size(t), panel);
     }
   });
