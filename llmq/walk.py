@@ -70,7 +70,9 @@ def find(model: nn.Module, skip: tuple[str, ...] | None, *, embeddings: bool) ->
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if skip is not None and (isinstance(skip, str) or not all(isinstance(s, str) for s in skip)):
+    if skip is not None and not (
+        isinstance(skip, (tuple, list)) and all(isinstance(s, str) for s in skip)
+    ):
         raise TypeError(f"skip must be a tuple of name patterns, got {skip!r}")
     if isinstance(model, CompressedLayer) or _kind(model)[0] is not None:
         raise ValueError(

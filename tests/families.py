@@ -82,7 +82,9 @@ SEQ2SEQ: dict[str, Callable[[], Any]] = {
         tf.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     ),
     "switch": lambda: tf.SwitchTransformersForConditionalGeneration(
-        tf.SwitchTransformersConfig(**_T5, num_experts=2, expert_capacity=64)
+        tf.SwitchTransformersConfig(
+            **_T5, num_experts=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1
+        )
     ),
     "bart": lambda: tf.BartForConditionalGeneration(
         tf.BartConfig(
@@ -107,7 +109,8 @@ ALL = {**CAUSAL, **ENCODERS, **SEQ2SEQ}
 def make(name: str) -> Any:
     """Return the model of family `name`, the same at each call, in evaluation mode.
 
-    Biases and norms are drawn too: transformers starts them at 0 and 1, which hides mistakes.
+    Biases and norms are drawn too: transformers starts them at 0 and 1, which hides mistakes; and
+    its small initial weights would let the embeddings pass through almost untouched.
     """
     torch.manual_seed(0)
     model = ALL[name]().eval()
@@ -115,6 +118,8 @@ def make(name: str) -> Any:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+            elif parameter.std() < 0.03:
+                parameter.mul_(4)
     return model
 
 

@@ -30,15 +30,13 @@ def check_accounts(model: Any) -> None:
             assert untouched[name].reason
 
 
-@pytest.mark.parametrize(("scheme", "least"), [("w8a8", 0.99), ("w4a16-g32", 0.9)])
+@pytest.mark.parametrize(("scheme", "least"), [("w8a8", 0.999), ("w4a16-g32", 0.96)])
 @pytest.mark.parametrize("name", NAMES)
 def test_quantize(name: str, scheme: str, least: float) -> None:
-    # Half of a 4-bit step is about 8 % of a weight's deviation: cosine 0.997 a layer, and a few
-    # layers in a row; routers of experts may also choose otherwise.
+    # A 4-bit step of 2/15 of a group's range is an error of some 8 % a layer: 0.997 for one layer
+    # alone, and these models put a dozen in a row; int8's steps are 17 times as fine.
     model = families.make(name)
     before = families.output(model, name)
-    if name in ("gemma2", "phi3") or "experts" in str(model):
-        least -= 0.03
     quantize(model, scheme=scheme)
     assert families.cosine(before, families.output(model, name)) > least
     assert compressed(model)
@@ -84,7 +82,7 @@ def test_skip_nothing(name: str) -> None:
     model = families.make(name)
     before = families.output(model, name)
     quantize(model, scheme="w8a8", skip=())
-    assert families.cosine(before, families.output(model, name)) > 0.95
+    assert families.cosine(before, families.output(model, name)) > 0.999
     check_accounts(model)
     for weight in model.llmq_report.untouched:
         assert "skip=()" not in weight.reason

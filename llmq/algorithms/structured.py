@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.algorithms.slicing import dense_weight, select, take
-from llmq.algorithms.units import Block, find, split_experts
+from llmq.algorithms.units import Block, Slice, find, split_experts
 from llmq.integrations import experts, layouts
 from llmq.integrations import transformers as hf
 from llmq.nn import QuantLinear, SparseLinear
@@ -61,7 +61,7 @@ def prune(model: nn.Module, rate: float, skipped: set[str]) -> tuple[dict[str, C
             replacements.append((name, new))
             changes[name] = _change(layer, new)
         if block.bias is not None:
-            parameters += _slice_bias(block.bias[1], block.keep)
+            parameters += _slice_bias(block.bias[1], _kept(block))
     config_values = _config_values(model, blocks, whole)
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
@@ -78,7 +78,7 @@ def prune(model: nn.Module, rate: float, skipped: set[str]) -> tuple[dict[str, C
         module._parameters[attribute] = parameter
     for block in blocks:
         if block.bias is not None:
-            set_attributes(model, block.bias[0], {"embedding_dim": len(block.keep)})
+            set_attributes(model, block.bias[0], {"embedding_dim": len(_kept(block))})
         for name, attributes in block.attributes.items():
             count = len(block.keep)
             values = {a: round(per_unit * count) for a, per_unit in attributes.items()}
@@ -139,6 +139,11 @@ def _score(block: Block) -> Tensor:
         return total
     # Experts kept as one parameter keep as many channels each, but each its own: scored apart.
     return torch.zeros(block.units, dtype=torch.float64)
+
+
+def _kept(block: Block) -> Tensor:
+    """Return the heads or channels that stay, int64."""
+    return Slice("", nn.Identity(), "columns", [0], block.size // block.units).index(block.keep)
 
 
 def _merged(block: Block) -> list[tuple[str, str, nn.Module, Tensor]]:
@@ -230,7 +235,9 @@ def _config_values(
             first = heads[0]
             count = {"num_attention_heads": len(first.keep) * (first.size // first.units)}
             if hasattr(config, "num_key_value_heads"):
-                count["num_key_value_heads"] = len(first.keep)
+                count["num_key_value_heads"] = (
+                    len(first.keep) * first.key_value_heads // first.units
+                )
             if not hasattr(config, "d_kv"):
                 count["head_dim"] = first.head_dim
             if _is_valid(config, values | count):

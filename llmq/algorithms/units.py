@@ -1,4 +1,4 @@
-"""Finds what structured pruning drops: the heads and channels of a model, and the layers they touch.
+"""Finds what structured pruning drops: a model's heads and channels, and the layers they touch.
 
 A unit is a head (with grouped queries: a key-value head and its queries) or a channel (with
 group-wise quantization: a group of channels).
@@ -6,6 +6,7 @@ group-wise quantization: a group of channels).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -72,7 +73,7 @@ class Block:
 
 
 def find(model: nn.Module, skipped: set[str]) -> tuple[list[Block], set[tuple[str, int]]]:
-    """Return what is pruned, and kinds and sizes of which some stay, which configs go on telling."""
+    """Return what can shrink, and the (kind, size) of what is skipped: configs go on telling it."""
     blocks: list[Block] = []
     whole: set[tuple[str, int]] = set()
     for name, module in model.named_modules():
@@ -162,17 +163,22 @@ def _attention(name: str, module: nn.Module, layout: layouts.AttentionLayout) ->
     if not key_value_heads or heads % key_value_heads or width % head_dim:
         return None
     ratio = heads // key_value_heads
+    together = _channel_unit(layers[layout.output]) // math.gcd(
+        _channel_unit(layers[layout.output]), head_dim * ratio
+    )
+    # Heads that share a scale in the layer after go together; if they cannot, `take` says so.
+    units = key_value_heads // (1 if key_value_heads % together else together)
     slices = []
     for path, k in layout.projections:
         offset = 0
         for letter in k:
-            unit = head_dim * (ratio if letter == "q" else 1)
+            unit = head_dim * (ratio if letter == "q" else 1) * key_value_heads // units
             slices.append(Slice(_join(name, path), layers[path], "rows", [offset], unit))
-            offset += unit * key_value_heads
+            offset += unit * units
         if _features(layers[path], "rows") != offset:
             return None
     output = Slice(
-        _join(name, layout.output), layers[layout.output], "columns", [0], head_dim * ratio
+        _join(name, layout.output), layers[layout.output], "columns", [0], width // units
     )
     slices.append(output)
     old: Mapping[tuple[str, ...], int] = {
@@ -192,10 +198,10 @@ def _attention(name: str, module: nn.Module, layout: layouts.AttentionLayout) ->
     return Block(
         name,
         "heads",
-        key_value_heads,
+        units,
         heads,
         slices,
-        _counted(_join(name, inner), owner, old, key_value_heads),
+        _counted(_join(name, inner), owner, old, units),
         shared,
         head_dim=head_dim,
         key_value_heads=key_value_heads,

@@ -13,13 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.nn import CompressedLayer
+
 # Set by transformers on every experts class whose layout it describes.
 _DESCRIPTION = ("has_gate", "has_bias", "is_transposed", "num_experts", "act_fn")
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def fused_parameters(module: nn.Module) -> list[str]:
-    """Return the names of the 3-D parameters that `module` itself holds."""
+    """Return the names of `module`'s own 3-D parameters, which may be experts."""
+    if isinstance(module, (nn.modules.conv._ConvNd, CompressedLayer)):
+        return []
     return [name for name, p in module._parameters.items() if p is not None and p.dim() == 3]
 
 

@@ -1,4 +1,4 @@
-"""What transformers' models say of themselves: output embeddings, routers, their own layer types."""
+"""What transformers' models say of themselves: output embeddings, routers, layer types."""
 
 from __future__ import annotations
 
