@@ -1,25 +1,50 @@
-"""Dynamic int8 activations: one symmetric scale a token, or a group of its inputs."""
+"""Dynamic int8 activations: one symmetric scale a token, or a group of its inputs.
+
+scale = max|x| / 127, code = round(x · (127 / max|x|)), ties to even, each operation rounded to
+float32 once: what every kernel reproduces bit for bit.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+_SMALLEST = 1e-30  # a largest input below this codes as zeros: 127 / amax would near overflow
+
 
 def quantize_activation(x: Tensor, group_size: int = 0) -> tuple[Tensor, Tensor]:
-    """Code x [..., K] to int8 with scale max|x| / 127 a token (0) or a group of inputs."""
+    """Code inputs to int8.
+
+    Args:
+        x: [..., K] in float32, bfloat16 or float16.
+        group_size: inputs that share a scale, which divides K; 0 is the whole token.
+
+    Returns:
+        Codes int8 [..., K] in ±127 and scales float32 [..., G], G = K / group_size or 1. A group
+        with an infinite or NaN input has codes 0 and scale NaN, so that what is computed from it
+        is NaN and never silently wrong.
+
+    Raises:
+        TypeError: if x is no floating-point tensor.
+        ValueError: if x has no dimension, or the group size is negative or does not divide K.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x must be a floating-point tensor, got {given}")
+    if x.dim() == 0:
+        raise ValueError("x must be [..., K], got a scalar")
     K = x.shape[-1]
-    if group_size and K % group_size:
+    if group_size < 0 or (group_size and K % group_size):
         raise ValueError(f"activation group size {group_size} does not divide K={K}")
-    grouped = (
-        x.float().unflatten(-1, (K // group_size if group_size else 1, -1))
-        if K
-        else x.float()[..., None, :]
-    )
-    amax = grouped.abs().amax(-1, keepdim=True) if K else grouped.new_zeros(*x.shape[:-1], 1, 1)
+    G = K // group_size if group_size else 1
+    grouped = x.float().reshape(*x.shape[:-1], G, group_size or K)
+    if grouped.shape[-1] == 0:
+        amax = grouped.new_zeros(*grouped.shape[:-1], 1)
+    else:
+        amax = grouped.abs().amax(-1, keepdim=True)
     # A tensor: torch turns 127 / amax into 127 · (1 / amax), which rounds twice.
     limit = torch.full_like(amax, 127)
-    inverse = torch.where(amax > 1e-30, limit / amax, 0.0)
+    inverse = torch.where(amax > _SMALLEST, limit / amax, 0.0)
     finite = torch.isfinite(amax)
     codes = torch.where(finite, torch.round(grouped * inverse), 0.0).to(torch.int8)
     scale = torch.where(finite, amax / limit, torch.nan)
