@@ -136,7 +136,7 @@ def compare(original: nn.Module, compressed: nn.Module, data: Any) -> Report:
         args, kwargs, labels = unpack(_head(batches[0]), device)
         kwargs = {k: v for k, v in kwargs.items() if k != "labels" or labels is not None}
         encoder = logits_of(original(*args, **kwargs)) is None
-        layers = _layer_errors(original, compressed, args, kwargs)
+        layers = layer_errors(original, compressed, args, kwargs)
         kl, agreement, cosine = _distances(original, compressed, batches, encoder)
     measured = [None, None] if encoder else [evaluate(m, batches) for m in (original, compressed)]
     return Report(
@@ -211,7 +211,7 @@ def _head(batch: Any) -> Any:
     return batch[:1, :_PROBE_TOKENS] if isinstance(batch, Tensor) else batch
 
 
-def _layer_errors(
+def layer_errors(
     original: nn.Module, compressed: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> list[LayerError]:
     """Give each compressed layer the input that it has in the original, and compare outputs."""

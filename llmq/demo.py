@@ -19,10 +19,10 @@ from llmq import bench
 from llmq.checkpoint import load, save
 from llmq.compare import (
     LayerError,
-    compare,
     divergence,
     html_page,
     html_table,
+    layer_errors,
     layer_plot,
     new_figure,
     svg,
@@ -37,6 +37,7 @@ from llmq.quantize import quantize
 SCHEMES = ("w8a8", "w8a8-g64", "w4a16-g32")
 SPARSE = "50 % sparse w8a8"
 EVALUATED = 4096  # tokens of the text; the rest of it is for training
+PROBED = 128  # tokens through which the layers' outputs are compared
 PROMPT = "In Python, a list is"
 
 
@@ -116,12 +117,13 @@ def run(folder: Path, *, quick: bool = False, fresh: bool = False) -> dict[str, 
                 sample=sample(model, tokenizer),
             )
         )
-    probe = evaluated[:WINDOW]
-    layers = {
-        name: compare(original, model, probe).layers
-        for name, model in models.items()
-        if name != "float32"
-    }
+    probe = {"input_ids": evaluated[None, :PROBED]}
+    with torch.inference_mode():
+        layers = {
+            name: layer_errors(original, model, (), probe)
+            for name, model in models.items()
+            if name != "float32"
+        }
     record = {
         "model": "SmolLM2-135M-Instruct",
         "text": f"pydoc_data.topics, first {evaluated.numel()} tokens, windows of {WINDOW}",

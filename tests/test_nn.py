@@ -280,3 +280,9 @@ class TestQuantEmbedding:
             QuantEmbedding.from_embedding(embedding, "w4a16-g32")
         with pytest.raises(TypeError, match="EmbeddingBag"):
             QuantEmbedding.from_embedding(nn.EmbeddingBag(3, 4), "w8a8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_bytes_are_those_of_the_state_dict(name: str) -> None:
+    state = LAYERS[name].state_dict()
+    assert LAYERS[name].bytes() == sum(t.numel() * t.element_size() for t in state.values())

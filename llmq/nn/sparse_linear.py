@@ -108,8 +108,8 @@ class SparseLinear(CompressedLayer):
                 mask = linear.mask()
             bias = None if linear.bias is None else linear.bias.data
             if linear.scheme is None:
-                values, weight_scale = linear.dequantize(), None
-                values = values.to(linear.weight.dtype)
+                assert isinstance(linear, SparseLinear)
+                values, weight_scale = linear.values_and_mask()[0], None
             else:
                 wanted = _sparse_scheme(linear.scheme)
                 values, weight_scale = _int8_values(linear)
@@ -175,43 +175,68 @@ class SparseLinear(CompressedLayer):
             group,
         )
 
-    def _values(self) -> Tensor:
-        """Return the stored values at their places and zeros elsewhere, [N, K] in their dtype."""
-        return _decode_sparse(self._pattern, self.canonical(), self.out_features, self.in_features)[
-            0
-        ]
+    def _held(self) -> dict[str, Tensor]:
+        return {n: p.data for n, p in self._parameters.items() if p is not None}
+
+    def _in_panels(self) -> bool:
+        bitmask = self._parameters.get("weight_bitmask")
+        return self.scheme is not None and bitmask is not None and bitmask.dim() == 3
+
+    def _bitmap(self) -> dict[str, Tensor]:
+        """Return the held tensors with those in panels as a canonical bitmap, of any pattern."""
+        tensors = self._held()
+        if self._in_panels():
+            names = ("weight", "weight_bitmask", "row_offsets")
+            panels = (tensors[name] for name in names)
+            plain = torch.ops.llmq.unpack_bitmap_panels(
+                *panels, self.out_features, self.in_features
+            )
+            tensors.update(zip(names, plain, strict=True))
+        return tensors
+
+    def values_and_mask(self) -> tuple[Tensor, Tensor]:
+        """Return the stored values at their places, zeros elsewhere, and where; both [N, K]."""
+        N, K = self.out_features, self.in_features
+        if self.scheme is None and self._is_dense():
+            return self.weight.data, _decode_mask(self._pattern, self._held(), N, K)
+        pattern = Pattern("unstructured") if self._in_panels() else self._pattern
+        return _decode_sparse(pattern, self._bitmap(), N, K)
 
     def dequantize(self) -> Tensor:
         """Return the weight that is stored, zeros included, float32 [N, K]."""
-        values = self._values().float()
+        values = self.values_and_mask()[0].float()
         return values if self.weight_scale is None else values * self.weight_scale.data
 
     def mask(self) -> Tensor:
         """Return which weights are stored, bool [N, K]; a stored weight may still be zero."""
-        return _decode_sparse(self._pattern, self.canonical(), self.out_features, self.in_features)[
-            1
-        ]
+        return self.values_and_mask()[1]
 
     def canonical(self) -> dict[str, Tensor]:
-        tensors = {n: p.data for n, p in self._parameters.items() if p is not None}
-        N, K = self.out_features, self.in_features
-        bitmask = tensors.get("weight_bitmask")
-        if self.scheme is not None and bitmask is not None and bitmask.dim() == 3:
-            names = ("weight", "weight_bitmask", "row_offsets")
-            unpacked = torch.ops.llmq.unpack_bitmap_panels(*(tensors[n] for n in names), N, K)
-            tensors.update(zip(names, unpacked, strict=True))
-            if self._pattern.kind != "unstructured":
-                plain = Pattern("unstructured")
-                values, mask = _decode_sparse(plain, tensors, N, K)
-                del tensors["weight_bitmask"], tensors["row_offsets"]
-                tensors.update(_encode_sparse(self._pattern, values, mask))
-        elif self.scheme is None and self._is_dense():
-            mask = _decode_mask(self._pattern, tensors, N, K)
-            tensors.update(_encode_sparse(self._pattern, tensors["weight"], mask))
+        tensors = self._bitmap()
+        dense = self.scheme is None and self._is_dense()
+        if dense or (self._in_panels() and self._pattern.kind != "unstructured"):
+            encoded = _encode_sparse(self._pattern, *self.values_and_mask())
+            kept = {n: tensors[n] for n in ("weight_scale", "bias") if n in tensors}
+            tensors = encoded | kept
         return tensors
 
+    def bytes(self) -> int:
+        fixed = [self._parameters[n] for n in ("weight_scale", "bias")]
+        size = sum(p.numel() * p.element_size() for p in fixed if p is not None)
+        if self._pattern.kind != "unstructured" or self.weight.is_meta:
+            return super().bytes()
+        kept = int(self.mask().sum()) if self.scheme is None else self._kept_codes()
+        bits = self.out_features * ((self.in_features + 7) // 8)
+        offsets = 8 * (self.out_features + 1)
+        return size + kept * self.weight.element_size() + bits + offsets
+
+    def _kept_codes(self) -> int:
+        row_offsets = self._parameters["row_offsets"]
+        assert row_offsets is not None
+        return int(row_offsets[-1])
+
     def _panels(self) -> dict[str, Tensor] | None:
-        tensors = {n: p.data for n, p in self._parameters.items() if p is not None}
+        tensors = self._held()
         N, K = self.out_features, self.in_features
         weight = tensors["weight"]
         if N == 0 or K == 0 or weight.is_meta:
@@ -220,10 +245,7 @@ class SparseLinear(CompressedLayer):
             if not self._is_dense():
                 tensors["weight"] = _decode_sparse(self._pattern, tensors, N, K)[0]
             return tensors
-        bitmask = tensors.get("weight_bitmask")
-        if not dispatch.keeps_panels(weight.device, self.scheme) or (
-            bitmask is not None and bitmask.dim() == 3
-        ):
+        if self._in_panels() or not dispatch.keeps_panels(weight.device, self.scheme):
             return None
         if self._pattern.kind != "unstructured":
             values, mask = _decode_sparse(self._pattern, tensors, N, K)
@@ -272,8 +294,9 @@ def _sparse_scheme(scheme: Scheme) -> Scheme:
 def _int8_values(layer: QuantLinear | SparseLinear) -> tuple[Tensor, Tensor]:
     """Return the int8 codes [N, K] and scales [N, 1] of a layer that has such."""
     assert layer.weight_scale is not None
-    codes = layer.canonical()["weight"] if isinstance(layer, QuantLinear) else layer._values()
-    return codes, layer.weight_scale.data
+    if isinstance(layer, QuantLinear):
+        return layer.canonical()["weight"], layer.weight_scale.data
+    return layer.values_and_mask()[0], layer.weight_scale.data
 
 
 def _encode_sparse(pattern: Pattern, values: Tensor, mask: Tensor) -> dict[str, Tensor]:
