@@ -105,8 +105,8 @@ def _take_quantized(
     tensors = layer.canonical()
     _check_activations(name, scheme, columns)
     groups = columns
-    if columns is not None and tensors["weight_scale"].shape[1] > 1:
-        group = layer.in_features // tensors["weight_scale"].shape[1]
+    group = scheme.group_size
+    if columns is not None and group is not None:
         groups = _groups(columns, group)
         if groups is None:
             raise ValueError(
@@ -118,10 +118,9 @@ def _take_quantized(
         codes = uniform.unpack_int4(codes, layer.in_features)
     codes = select(codes, rows, columns)
     new = {"weight": uniform.pack_int4(codes) if scheme.bits == 4 else codes}
-    one_scale = tensors["weight_scale"].shape[1] == 1
     for tensor in ("weight_scale", "weight_zero_point"):
         if tensor in tensors:
-            new[tensor] = select(tensors[tensor], rows, None if one_scale else groups)
+            new[tensor] = select(tensors[tensor], rows, None if group is None else groups)
     if "weight_codebook" in tensors:
         table = tensors["weight_codebook"]
         shared = table.shape[0] == 1

@@ -163,11 +163,9 @@ def _attention(name: str, module: nn.Module, layout: layouts.AttentionLayout) ->
     if not key_value_heads or heads % key_value_heads or width % head_dim:
         return None
     ratio = heads // key_value_heads
-    together = _channel_unit(layers[layout.output]) // math.gcd(
-        _channel_unit(layers[layout.output]), head_dim * ratio
-    )
-    # Heads that share a scale in the layer after go together; if they cannot, `take` says so.
-    units = key_value_heads // (1 if key_value_heads % together else together)
+    # Heads whose inputs share a scale in the layer after go together.
+    group = _channel_unit(layers[layout.output])
+    units = key_value_heads // (group // math.gcd(group, head_dim * ratio))
     slices = []
     for path, k in layout.projections:
         offset = 0
@@ -246,9 +244,8 @@ def _mlp(name: str, module: nn.Module, layout: layouts.MLPLayout) -> Block | Non
 
 def _channel_unit(down: nn.Module | None) -> int:
     """Channels that share a scale in the layer after, so that they go together."""
-    if isinstance(down, QuantLinear) and down.weight_scale.shape[1] > 1:
-        return int(down.in_features // down.weight_scale.shape[1])
-    return 1
+    group = down.scheme.group_size if isinstance(down, QuantLinear) else None
+    return 1 if group is None else group
 
 
 def split_experts(name: str, split: experts.SplitExperts) -> list[Block]:
