@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -13,18 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import llmq.ops  # noqa: F401  defines torch.ops.llmq
-from llmq import extension
 from llmq.formats import activation, bitmap
+from tests.cpu_isas import assert_close, available, each_isa, float_tolerance, stored_tolerance
 
 ops = torch.ops.llmq
-ISA_FLAGS = {
-    "portable": set(),
-    "avx2": {"avx2", "fma", "f16c"},
-    "avx512vnni": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_vbmi2"},
-}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROUNDOFF = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 # M, N, K, activation group (0: a token). One above and below a tile of 6 tokens, a panel of 16
 # outputs, 4 panels, a block of 4 inputs and the 64 bytes of a block; primes.
@@ -52,32 +44,12 @@ SHAPES = (
 SPARSITIES = (0.0, 0.5, 0.97, 1.0)
 
 
-def _cpu_flags() -> set[str]:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
-
-
-@pytest.fixture(params=ISA_FLAGS)
+@pytest.fixture(params=available())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set in turn; fails if this CPU has it and the library does not run it."""
-    assert extension.load().loaded, extension.load().error
-    if not ISA_FLAGS[request.param] <= _cpu_flags():
-        pytest.skip(f"this CPU has no {request.param}")
+    """Each instruction set of this CPU in turn; raises if the library does not have one."""
     before = ops.cpu_isa()
     ops.set_cpu_isa(request.param)
-    assert ops.cpu_isa() == request.param
     yield request.param
-    ops.set_cpu_isa(before)
-
-
-def _each_isa() -> Iterator[str]:
-    """The same for hypothesis, which does not run fixtures again for each example."""
-    before = ops.cpu_isa()
-    for name, flags in ISA_FLAGS.items():
-        if flags <= _cpu_flags():
-            ops.set_cpu_isa(name)
-            yield name
     ops.set_cpu_isa(before)
 
 
@@ -109,21 +81,6 @@ def _case(M: int, N: int, K: int, sparsity: float, dtype: torch.dtype = torch.fl
     return Case(x, values, mask, torch.rand(N, 1) * 0.01 + 1e-4, torch.randn(N))
 
 
-def _assert_close(y: Tensor, expected: Tensor, tolerance: Tensor) -> None:
-    assert y.shape == expected.shape
-    wrong = ~((y.double() - expected).abs() <= tolerance)
-    if wrong.any():
-        at = tuple(wrong.nonzero()[0].tolist())
-        pytest.fail(f"y{at} = {y[at].item()}, expected {expected[at].item()} ± {tolerance[at]}")
-
-
-def _rounded(tolerance: Tensor, expected: Tensor, dtype: torch.dtype) -> Tensor:
-    """Widen `tolerance` by the store in `dtype`; 2⁻²⁴ is float16's least value."""
-    if dtype == torch.float32:
-        return tolerance
-    return tolerance + ROUNDOFF[dtype] * (expected.abs() + tolerance) + 2**-24
-
-
 def _check_codes(case: Case, group: int, stored: tuple[Tensor, Tensor, Tensor]) -> None:
     """Compare int8 activations with float64 sums of exact dots of the reference's codes."""
     x, (N, K) = case.x, case.values.shape
@@ -139,25 +96,21 @@ def _check_codes(case: Case, group: int, stored: tuple[Tensor, Tensor, Tensor]) 
     # Float32 rounds each group's dot, its product with x_scale and its addition, then the products
     # and sums with weight_scale and bias: G + 4 roundings of values no larger than `magnitude`.
     tolerance = (G + 4) * 2**-24 * (terms.abs().sum(1) + case.bias.double().abs())
+    tolerance = stored_tolerance(tolerance, expected, x.dtype)
     y = ops.bitmap_sparse_linear(x, *stored, case.scale, case.bias, group)
     assert y.dtype == x.dtype
-    tolerance = _rounded(tolerance, expected, x.dtype)
-    _assert_close(y, expected.reshape(*x.shape[:-1], N), tolerance.reshape(*x.shape[:-1], N))
+    shape = *x.shape[:-1], N
+    assert_close(y, expected.reshape(shape), tolerance.reshape(shape), ops.cpu_isa())
 
 
 def _check_floats(
     x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, stored: tuple[Tensor, ...]
 ) -> None:
     """Compare floating-point activations with a float64 product; weight [N, K] is what it means."""
-    K = x.shape[-1]
     expected = x.double() @ weight.double().T + bias.double()
-    # x is held to 2⁻²³ of its row's largest value, and float32 adds up to K products.
-    largest = x.double().abs().amax(-1, keepdim=True) if K else x.new_zeros(*x.shape[:-1], 1)
-    magnitude = largest * weight.double().abs().sum(1) + bias.double().abs()
-    tolerance = _rounded((K + 8) * 2**-24 * magnitude, expected, x.dtype)
     y = ops.bitmap_sparse_linear(x, *stored, scale, bias)
     assert y.dtype == x.dtype
-    _assert_close(y, expected, tolerance)
+    assert_close(y, expected, float_tolerance(x, weight, bias, expected), ops.cpu_isa())
 
 
 # -- packing ---------------------------------------------------------------------------------------
@@ -235,10 +188,10 @@ def test_broken_canonical_storage_is_refused(name: str) -> None:
     stored, K, message = _broken_storage()[name]
     with pytest.raises(ValueError, match=message):
         ops.pack_bitmap_panels(*stored, K)
-    with pytest.raises(ValueError, match="weight_bitmask|do not belong|row_offsets"):
+    with pytest.raises(ValueError, match=r"weight_bitmask|do not belong|row_offsets"):
         ops.bitmap_sparse_linear(torch.zeros(1, K), *stored, torch.ones(20, 1), None, 0)
     floats = stored[0].float(), *stored[1:]
-    with pytest.raises(ValueError, match="weight_bitmask|do not belong|row_offsets"):
+    with pytest.raises(ValueError, match=r"weight_bitmask|do not belong|row_offsets"):
         ops.bitmap_sparse_linear(torch.zeros(1, K), *floats)
 
 
@@ -292,7 +245,7 @@ def test_any_shape(data: st.DataObject) -> None:
     group = data.draw(st.sampled_from([0, *(g for g in range(1, K + 1) if K % g == 0)]))
     case = _case(M, N, K, data.draw(st.floats(0, 1)), data.draw(st.sampled_from(DTYPES)))
     weight = case.values.double() * case.scale.double()
-    for _ in _each_isa():
+    for _ in each_isa():
         _check_codes(case, group, case.panels())
         _check_floats(case.x, weight, case.bias, case.scale, case.panels())
 
@@ -376,10 +329,9 @@ def test_special_inputs_with_floats(isa: str, value: float) -> None:
     y = ops.bitmap_sparse_linear(x, *case.panels(), case.scale)
     finite = expected.isfinite()
     assert torch.equal(y[~finite].double().nan_to_num(), expected[~finite].nan_to_num())
-    largest = x.double().abs().amax(-1, keepdim=True).nan_to_num(0, 0)
-    tolerance = (64 + 8) * 2**-24 * largest * weight.abs().sum(1)
     assert finite[0].all()
-    _assert_close(y[finite], expected[finite], tolerance[finite])
+    tolerance = float_tolerance(x.nan_to_num(0, 0, 0), weight, None, expected)
+    assert_close(y[finite], expected[finite], tolerance[finite], isa)
 
 
 @pytest.mark.parametrize("group", [0, 16])
@@ -403,7 +355,8 @@ def test_an_outlier_costs_other_segments_nothing(isa: str) -> None:
     weight = case.values.double() * case.scale.double()
     y = ops.bitmap_sparse_linear(x, *case.panels(), case.scale)
     x[0, 700] = 0
-    _assert_close(y, x.double() @ weight.T, 1e-5 * (x.abs().double() @ weight.abs().T))
+    expected = x.double() @ weight.T
+    assert_close(y, expected, float_tolerance(x, weight, None, expected), isa)
 
 
 # -- floating-point values -------------------------------------------------------------------------
