@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llmq.formats import activation, uniform
+from llmq.formats import activation, codebook, uniform
 from llmq.nn import CompressedLayer, QuantLinear, SparseLinear
 from llmq.scheme import Scheme
 
@@ -241,20 +241,16 @@ def fake_quantize(weight: Tensor, scheme: Scheme, table: Tensor | None = None) -
 
     `table` [1 or N, levels] is the codebook of a quantile scheme, which stays as it is.
     """
-    N, K = weight.shape
+    K = weight.shape[1]
     if scheme.method == "quantile":
-        assert table is not None
-        grouped = weight.reshape(N, -1, scheme.group_size or K)
-        scale = grouped.abs().amax(-1, keepdim=True)
-        if scheme.granularity == "tensor":
-            scale = scale.amax().expand_as(scale)
-        unit = (grouped / torch.where(scale == 0, 1.0, scale)).reshape(N, K)
-        if table.shape[0] == 1:
-            level = table[0][torch.bucketize(unit, (table[0, 1:] + table[0, :-1]) / 2)]
-        else:
-            edges = ((table[:, 1:] + table[:, :-1]) / 2).contiguous()
-            level = table.gather(1, torch.searchsorted(edges, unit.contiguous()))
-        return (level.reshape(grouped.shape) * scale).reshape(N, K)
+        coded = codebook.encode(
+            weight,
+            bits=scheme.bits,
+            granularity=scheme.granularity,
+            group_size=scheme.group_size,
+            weight_codebook=table,
+        )
+        return codebook.decode(*coded, bits=scheme.bits, K=K)
     if scheme.bits == 8 and scheme.symmetric and scheme.granularity == "channel":
         # What encode and decode below would give, in 4 passes over memory instead of 12.
         scale = torch.linalg.vector_norm(weight, float("inf"), dim=1, keepdim=True) / 127

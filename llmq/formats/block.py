@@ -108,8 +108,7 @@ def decode(weight: Tensor, block_index: Tensor, block_offsets: Tensor, K: int, N
     """
     if weight.dim() != 3 or weight.shape[0] != block_index.numel():
         raise ValueError(
-            f"weight must be [{block_index.numel()}, R, C] as block_index, got "
-            f"{list(weight.shape)}"
+            f"weight must be [{block_index.numel()}, R, C] as block_index, got {list(weight.shape)}"
         )
     R, C = weight.shape[1:]
     row, column = _kept(block_index, block_offsets, N, K, (R, C))

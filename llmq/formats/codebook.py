@@ -1,8 +1,10 @@
 """Codebooks: w = codebook[code] · scale, the levels placed where the weights are.
 
-Each group's scale is its value of largest magnitude, sign included, so that the value itself
-becomes exactly 1 and all other levels serve the rest: at 4 bits and groups of 32 this lowers the
-error by 3 % against scaling by max|w|, where both 1 and -1 need a level.
+A group is first scaled by its value of largest magnitude, sign included, so that this value becomes
+1 and all other levels serve the rest: at 4 bits in groups of 32 this leaves 3 % less error than
+max|w|, which needs a level at 1 and one at -1. Then each scale becomes the one of least squares for
+the codes it got, and the levels follow once more: SmolLM2-135M's perplexity falls from 18.2 to 17.6
+(uniform asymmetric 17.9). A second such round lowers the error of the weights, not the perplexity.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from llmq.formats.uniform import pack_int4, unpack_int4
 _BINS = 1 << 16  # of the histogram that the levels are fitted to: 256 a level at 8 bits
 _KNOTS = 4096  # of the weights' distribution that the first levels are read from
 _ITERATIONS = 200
-_ROWS = 1 << 22  # weights handled at once, so that temporaries stay small
+_TINY = torch.finfo(torch.float32).tiny
+_CHUNK = 1 << 21  # weights counted at once: temporaries stay small, and float32 sums exact enough
 
 
 class CodebookWeight(NamedTuple):
@@ -38,7 +41,7 @@ class _Histogram(NamedTuple):
 
     def cells(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         """Return mass and total of the values nearest to each level."""
-        inner = torch.searchsorted(self.centres, (levels[1:] + levels[:-1]) / 2)
+        inner = torch.searchsorted(self.centres, _edges(levels))
         ends = inner.new_tensor([0, len(self.centres)])
         at = torch.cat((ends[:1], inner, ends[1:]))
         return self.mass[at].diff(), self.total[at].diff()
@@ -52,19 +55,21 @@ class _Histogram(NamedTuple):
 def _histogram(unit: Tensor, scale: Tensor) -> _Histogram:
     """Count unit [N, G, group], each value by the square of its scale: its share of the error."""
     N, G, group = unit.shape
-    count = torch.zeros(_BINS, dtype=torch.float64, device=unit.device)
-    total = count.clone()
-    for rows in torch.arange(N).split(max(1, _ROWS // (G * group))):
-        part = unit[rows[0] : rows[-1] + 1].double().flatten()
-        share = scale[rows[0] : rows[-1] + 1].double().square().repeat_interleave(group)
-        bins = ((part + 1) * (_BINS / 2)).long().clamp_(0, _BINS - 1)
-        count += torch.bincount(bins, share, minlength=_BINS)
-        total += torch.bincount(bins, share * part, minlength=_BINS)
-    used = count > 0
-    count, total = count[used], total[used]
-    zero = count.new_zeros(1)
+    share = (scale / scale.abs().max()).square()
+    mass = torch.zeros(_BINS, dtype=torch.float64, device=unit.device)
+    total = mass.clone()
+    step = max(1, _CHUNK // (G * group))
+    for start in range(0, N, step):
+        part = unit[start : start + step].flatten()
+        counts = share[start : start + step].flatten().repeat_interleave(group)
+        bins = ((part + 1) * (_BINS / 2)).int().clamp_(0, _BINS - 1)
+        mass += torch.bincount(bins, counts, minlength=_BINS)
+        total += torch.bincount(bins, counts.mul_(part), minlength=_BINS)
+    used = mass > 0
+    mass, total = mass[used], total[used]
+    zero = mass.new_zeros(1)
     return _Histogram(
-        total / count, torch.cat((zero, count.cumsum(0))), torch.cat((zero, total.cumsum(0)))
+        total / mass, torch.cat((zero, mass.cumsum(0))), torch.cat((zero, total.cumsum(0)))
     )
 
 
@@ -129,11 +134,11 @@ def encode(
         bits: 8 (256 levels) or 4 (16).
         granularity: what shares one scale: "tensor", "channel" (a row) or "group".
         group_size: inputs of a group, which divides K; with granularity "group" only.
-        weight_codebook: float32 [1, 2^bits], ascending: levels to use instead of fitting some.
+        weight_codebook: float32 [1 or N, 2^bits], ascending: levels to keep instead of fitting.
 
     Returns:
-        Canonical storage. A scale is its group's value of largest magnitude, so may be negative;
-        that of an all-zero group is 1.
+        Canonical storage. Levels lie in [-1, 1]; a scale may be negative, and is 1 where a group is
+        all zeros.
 
     Raises:
         TypeError: if weight is no floating-point tensor.
@@ -141,35 +146,77 @@ def encode(
     """
     check_weight(weight)
     check_bits(bits)
-    N, K = weight.shape
+    N = weight.shape[0]
     G, group = group_shape(weight, granularity, group_size)
     grouped = weight.float().reshape(N, G, group)
-    scale = _scale(grouped, granularity)
-    unit = grouped / scale[..., None]
+    scale = _largest(grouped, granularity)
     if weight_codebook is None:
-        weight_codebook = _fit(unit, scale, 2**bits)[None]
-    elif list(weight_codebook.shape) != [1, 2**bits]:
-        raise ValueError(
-            f"weight_codebook must be [1, {2**bits}], got {list(weight_codebook.shape)}"
-        )
-    levels = weight_codebook[0]
-    codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2, out_int32=True)
-    codes = codes.to(torch.uint8).reshape(N, K)
-    return CodebookWeight(
-        codes.view(torch.int8) if bits == 8 else pack_int4(codes), weight_codebook, scale
-    )
+        levels = _fit(grouped / scale[..., None], scale, 2**bits)[None]
+    else:
+        levels = weight_codebook
+        _check_codebook(levels, N, bits)
+        if (levels.diff() < 0).any() or not (levels[:, -1] > 0).all():
+            raise ValueError("weight_codebook must ascend to a positive level in every row")
+        scale = scale / levels[:, -1:]
+    # With 256 levels or one scale for all there is nothing to gain.
+    if bits == 4 and granularity != "tensor" and weight.numel():
+        scale = _least_squares(grouped, scale, levels)
+        if weight_codebook is None:
+            unit = grouped / scale[..., None]
+            reach = torch.stack(torch.aminmax(unit)).abs().max()
+            scale *= reach
+            levels = _lloyd(_histogram(unit / reach, scale), levels[0].double() / reach)[None]
+            levels = levels.float()
+    codes = _nearest(grouped / scale[..., None], levels).to(torch.uint8)
+    stored = codes.view(torch.int8) if bits == 8 else pack_int4(codes)
+    return CodebookWeight(stored, levels, scale)
 
 
-def _scale(grouped: Tensor, granularity: str) -> Tensor:
+def _largest(grouped: Tensor, granularity: str) -> Tensor:
     """Return the value of largest magnitude of each group [N, G], or of the whole tensor [N, 1]."""
     if grouped.numel() == 0:
         return grouped.new_ones(grouped.shape[:2])
     low, high = torch.aminmax(grouped) if granularity == "tensor" else grouped.aminmax(dim=-1)
-    scale = torch.where(-low > high, low, high).expand(grouped.shape[:2])
-    # Below the smallest normal number a quotient may exceed 1; such a group decodes to about zero.
-    tiny = torch.finfo(torch.float32).tiny
-    scale = torch.where(scale.abs() < tiny, torch.copysign(scale.new_tensor(tiny), scale), scale)
-    return torch.where((low == 0) & (high == 0), 1.0, scale).contiguous()
+    largest = torch.where(-low > high, low, high)
+    # Quotients of subnormal numbers are coarse; such a group decodes to about zero instead.
+    kept = torch.copysign(largest.abs().clamp(min=_TINY), largest)
+    return torch.where(largest == 0, 1.0, kept).expand(grouped.shape[:2]).contiguous()
+
+
+def _least_squares(grouped: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
+    """Return the scales [N, G] that fit groups best with the codes that they get from `scale`."""
+    codes = _nearest(grouped / scale[..., None], levels)
+    values = _look_up(codes, levels).reshape(grouped.shape)
+    fitted = (grouped * values).sum(-1) / values.square().sum(-1).clamp(min=_TINY)
+    # A group of zeros keeps its scale, as does one whose products underflow.
+    return torch.where(fitted * scale > 0, fitted, scale)
+
+
+def _edges(levels: Tensor) -> Tensor:
+    return (levels[..., 1:] + levels[..., :-1]) / 2
+
+
+def _nearest(unit: Tensor, levels: Tensor) -> Tensor:
+    """Return the index of the level nearest to each of unit [N, G, group], int32 [N, K]."""
+    flat = unit.flatten(1)
+    if levels.shape[0] == 1:
+        return torch.bucketize(flat, _edges(levels[0]), out_int32=True)
+    return torch.searchsorted(_edges(levels), flat, out_int32=True)
+
+
+def _look_up(codes: Tensor, levels: Tensor) -> Tensor:
+    """Return the levels float32 [N, K] of unsigned codes [N, K]."""
+    if levels.shape[0] == 1:
+        return levels[0].index_select(0, codes.flatten().int()).reshape(codes.shape)
+    return levels.gather(1, codes.long())
+
+
+def _check_codebook(levels: Tensor, N: int, bits: int) -> None:
+    if levels.dtype != torch.float32 or tuple(levels.shape) not in ((1, 2**bits), (N, 2**bits)):
+        raise ValueError(
+            f"weight_codebook must be float32 [1 or {N}, {2**bits}], got {levels.dtype} "
+            f"{list(levels.shape)}"
+        )
 
 
 def decode(
@@ -192,13 +239,7 @@ def decode(
     """
     check_codes(weight, weight_scale, bits, K)
     N, G = weight_scale.shape
-    if tuple(weight_codebook.shape) not in ((1, 2**bits), (N, 2**bits)):
-        raise ValueError(
-            f"weight_codebook must be [1 or {N}, {2**bits}], got {list(weight_codebook.shape)}"
-        )
+    _check_codebook(weight_codebook, N, bits)
     codes = weight.contiguous().view(torch.uint8) if bits == 8 else unpack_int4(weight, K)
-    if weight_codebook.shape[0] == 1:
-        values = weight_codebook[0][codes.int()]
-    else:
-        values = weight_codebook.gather(1, codes.long())
-    return (values.reshape(N, G, K // G) * weight_scale[..., None]).reshape(N, K)
+    values = _look_up(codes, weight_codebook).reshape(N, G, K // G)
+    return (values * weight_scale[..., None]).reshape(N, K)

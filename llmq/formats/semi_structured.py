@@ -95,8 +95,6 @@ def decode(weight: Tensor, weight_meta: Tensor, K: int) -> Tensor:
     places = _places(weight_meta, K)
     N = places.shape[0]
     if tuple(weight.shape) != (N, K // 2):
-        raise ValueError(
-            f"weight must be [{N}, {K // 2}] as weight_meta, got {list(weight.shape)}"
-        )
+        raise ValueError(f"weight must be [{N}, {K // 2}] as weight_meta, got {list(weight.shape)}")
     values = weight.new_zeros(N, K // 4, 4)
     return values.scatter_(-1, places, weight.reshape(places.shape)).flatten(-2)
