@@ -113,7 +113,9 @@ def _coded_linear(
 ) -> Tensor:
     """y = x Wᵀ with int8 inputs and integer weights [N, K] already freed of their zero points."""
     K, N = x.shape[-1], weight_scale.shape[0]
-    codes, x_scale = activation.quantize_activation(x.reshape(-1, K), group_size)
+    codes, x_scale = activation.quantize_activation(
+        x.reshape(math.prod(x.shape[:-1]), K), group_size
+    )
     group = math.gcd(K // weight_scale.shape[1], group_size or K)
     y = torch.zeros(codes.shape[0], N, dtype=torch.float32, device=x.device)
     for start in range(0, K, max(group, 1)):
