@@ -94,7 +94,13 @@ class BuildNative(build_ext):
         torch_folder = Path(torch.__file__).parent
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.compile(compiler, torch_folder, BUILD / target.name)
+        try:
+            self.compile(compiler, torch_folder, BUILD / target.name)
+        except subprocess.CalledProcessError:
+            raise SystemExit(
+                f"llmq: {compiler} does not compile the kernels; its message is above. "
+                "CXX=none installs without them"
+            ) from None
         # A new inode: replacing the file in place would pull the code from under running processes.
         partial = target.with_suffix(".partial")
         shutil.copyfile(BUILD / target.name, partial)
@@ -141,13 +147,11 @@ class BuildNative(build_ext):
         def run(command: str, *paths: Path | str) -> None:
             subprocess.run([*shlex.split(command), *map(str, paths)], check=True)
 
+        def compile_one(source: Path) -> None:
+            run(f"{compiler} {flags} {isa_flags(source)} -c", source, "-o", objects[source])
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            jobs = [
-                pool.submit(run, f"{compiler} {flags} {isa_flags(source)} -c", source, "-o", built)
-                for source, built in objects.items()
-            ]
-        for job in jobs:
-            job.result()
+            list(pool.map(compile_one, objects))
         run(f"{compiler} -shared", *objects.values(), "-o", library, *shlex.split(libraries))
 
 
