@@ -208,3 +208,13 @@ def model_speeds(
         name: {what: statistics.median(values) for what, values in of.items()}
         for name, of in samples.items()
     }
+
+
+def speed_table(speeds: dict[str, dict[str, float]]) -> str:
+    """Return what `model_speeds` measured as a table; in brackets, times as fast as the first."""
+    base = next(iter(speeds.values()))
+    lines = [f"{'':<22}{'prefill tok/s':>20}{'decode tok/s':>20}"]
+    for name, speed in speeds.items():
+        both = [f"{speed[w]:.1f} ({speed[w] / base[w]:.2f})" for w in ("prefill", "decode")]
+        lines.append(f"{name:<22}{both[0]:>20}{both[1]:>20}")
+    return "\n".join(lines)

@@ -183,9 +183,7 @@ def _bench(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"machine": bench.machine(), "tokens_per_second": speeds}, indent=1))
         return
-    print(f"{'SmolLM2-135M':<16}{'prefill tok/s':>16}{'decode tok/s':>16}")
-    for name, speed in speeds.items():
-        print(f"{name:<16}{speed['prefill']:>16.0f}{speed['decode']:>16.1f}")
+    print(f"SmolLM2-135M\n{bench.speed_table(speeds)}")
 
 
 def _shape(text: str) -> tuple[int, int]:

@@ -57,7 +57,7 @@ _OPTIONAL = {
     "gguf": ("reads GGUF files", "eval"),
     "accelerate": ("loads large checkpoints", "eval"),
     "matplotlib": ("draws the plots of HTML reports", "plots"),
-    "pytest_benchmark": ("runs llmq bench", "bench"),
+    "pytest_benchmark": ("runs benchmarks/micro.py", "bench"),
 }
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +54,8 @@ def load_gguf(file: Path) -> tuple[Any, Any]:
 def converted() -> Path:
     """Return a transformers directory of SmolLM2-135M-Instruct in float32, made at first use.
 
-    The conversion takes half a minute; it is written aside and renamed, so that a directory that
-    exists is whole.
+    The conversion takes half a minute, in one process at a time; it is written aside and renamed,
+    so that a directory that exists is whole.
 
     Raises:
         FileNotFoundError: if the package is missing.
@@ -62,19 +65,36 @@ def converted() -> Path:
         return target
     file = find_gguf()
     target.parent.mkdir(parents=True, exist_ok=True)
-    print(f"converting {file.name} to float32 once, into {target}", flush=True)
+    with _alone(target.with_suffix(".lock")):
+        if not target.exists():  # else another process converted it while this one waited
+            print(f"converting {file.name} to float32 once, into {target}", file=sys.stderr)
+            _convert(file, target)
+    return target
+
+
+def _convert(file: Path, target: Path) -> None:
     model, tokenizer = load_gguf(file)
-    partial = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        os.chmod(partial, 0o755)
         os.replace(partial, target)
-    except OSError:
-        if not target.exists():  # else another process was quicker
-            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return target
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Hold a lock that ends with the process, where the system has such locks."""
+    with open(file, "w") as lock:
+        try:
+            import fcntl
+        except ImportError:
+            pass
+        else:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def load() -> tuple[Any, Any]:
