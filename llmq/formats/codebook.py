@@ -109,7 +109,7 @@ def _fit(unit: Tensor, scale: Tensor, count: int) -> Tensor:
     """Return `count` ascending levels, float32, for unit [N, G, group] in [-1, 1]."""
     uniform = torch.linspace(-1, 1, count - 1, dtype=torch.float64, device=unit.device)
     uniform = torch.cat((uniform, uniform[-1:]))
-    if unit.numel() == 0:
+    if not scale.any():
         return uniform.float()
     histogram = _histogram(unit, scale)
     if len(histogram.centres) <= count:  # as many levels as values: nothing is lost
@@ -137,7 +137,7 @@ def encode(
         weight_codebook: float32 [1 or N, 2^bits], ascending: levels to keep instead of fitting.
 
     Returns:
-        Canonical storage. Levels lie in [-1, 1]; a scale may be negative, and is 1 where a group is
+        Canonical storage. Levels lie in [-1, 1]; a scale may be negative, and is 0 where a group is
         all zeros.
 
     Raises:
@@ -151,7 +151,7 @@ def encode(
     grouped = weight.float().reshape(N, G, group)
     scale = _largest(grouped, granularity)
     if weight_codebook is None:
-        levels = _fit(grouped / scale[..., None], scale, 2**bits)[None]
+        levels = _fit(_unit(grouped, scale), scale, 2**bits)[None]
     else:
         levels = weight_codebook
         _check_codebook(levels, N, bits)
@@ -159,15 +159,15 @@ def encode(
             raise ValueError("weight_codebook must ascend to a positive level in every row")
         scale = scale / levels[:, -1:]
     # With 256 levels or one scale for all there is nothing to gain.
-    if bits == 4 and granularity != "tensor" and weight.numel():
+    if bits == 4 and granularity != "tensor" and scale.any():
         scale = _least_squares(grouped, scale, levels)
         if weight_codebook is None:
-            unit = grouped / scale[..., None]
+            unit = _unit(grouped, scale)
             reach = torch.stack(torch.aminmax(unit)).abs().max()
             scale *= reach
             levels = _lloyd(_histogram(unit / reach, scale), levels[0].double() / reach)[None]
             levels = levels.float()
-    codes = _nearest(grouped / scale[..., None], levels).to(torch.uint8)
+    codes = _nearest(_unit(grouped, scale), levels).to(torch.uint8)
     stored = codes.view(torch.int8) if bits == 8 else pack_int4(codes)
     return CodebookWeight(stored, levels, scale)
 
@@ -175,17 +175,21 @@ def encode(
 def _largest(grouped: Tensor, granularity: str) -> Tensor:
     """Return the value of largest magnitude of each group [N, G], or of the whole tensor [N, 1]."""
     if grouped.numel() == 0:
-        return grouped.new_ones(grouped.shape[:2])
+        return grouped.new_zeros(grouped.shape[:2])
     low, high = torch.aminmax(grouped) if granularity == "tensor" else grouped.aminmax(dim=-1)
     largest = torch.where(-low > high, low, high)
     # Quotients of subnormal numbers are coarse; such a group decodes to about zero instead.
     kept = torch.copysign(largest.abs().clamp(min=_TINY), largest)
-    return torch.where(largest == 0, 1.0, kept).expand(grouped.shape[:2]).contiguous()
+    return torch.where(largest == 0, 0.0, kept).expand(grouped.shape[:2]).contiguous()
+
+
+def _unit(grouped: Tensor, scale: Tensor) -> Tensor:
+    return grouped / torch.where(scale == 0, 1.0, scale)[..., None]
 
 
 def _least_squares(grouped: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
     """Return the scales [N, G] that fit groups best with the codes that they get from `scale`."""
-    codes = _nearest(grouped / scale[..., None], levels)
+    codes = _nearest(_unit(grouped, scale), levels)
     values = _look_up(codes, levels).reshape(grouped.shape)
     fitted = (grouped * values).sum(-1) / values.square().sum(-1).clamp(min=_TINY)
     # A group of zeros keeps its scale, as does one whose products underflow.
