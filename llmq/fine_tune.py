@@ -230,6 +230,10 @@ class _Master(nn.Module):
             linear.bias = nn.Parameter(bias, requires_grad=False)
         if self.pattern is None:
             assert self.scheme is not None
+            if self.table is not None:  # the levels that training has rounded to
+                coded = _on_levels(linear.weight.data, self.scheme, self.table)
+                kept = None if self.bias is None else linear.bias.data
+                return QuantLinear.from_encoded(coded, kept, self.scheme, in_features=K)
             return QuantLinear.from_linear(linear, self.scheme)
         if self.scheme is None:
             linear.weight.data = linear.weight.data.to(self.value_dtype)
@@ -243,13 +247,7 @@ def fake_quantize(weight: Tensor, scheme: Scheme, table: Tensor | None = None) -
     """
     K = weight.shape[1]
     if scheme.method == "quantile":
-        coded = codebook.encode(
-            weight,
-            bits=scheme.bits,
-            granularity=scheme.granularity,
-            group_size=scheme.group_size,
-            weight_codebook=table,
-        )
+        coded = _on_levels(weight, scheme, table)
         return codebook.decode(*coded, bits=scheme.bits, K=K)
     if scheme.bits == 8 and scheme.symmetric and scheme.granularity == "channel":
         # What encode and decode below would give, in 4 passes over memory instead of 12.
@@ -264,6 +262,16 @@ def fake_quantize(weight: Tensor, scheme: Scheme, table: Tensor | None = None) -
         symmetric=scheme.symmetric,
     )
     return uniform.decode(*encoded, bits=scheme.bits, K=K)
+
+
+def _on_levels(weight: Tensor, scheme: Scheme, table: Tensor | None) -> codebook.CodebookWeight:
+    return codebook.encode(
+        weight,
+        bits=scheme.bits,
+        granularity=scheme.granularity,
+        group_size=scheme.group_size,
+        weight_codebook=table,
+    )
 
 
 def _train(

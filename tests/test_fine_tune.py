@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import llmq
-from llmq import fine_tune as _  # noqa: F401  (the verb shadows its module)
+from llmq.formats import codebook
 from llmq.nn import QuantLinear, SparseLinear
 from llmq.scheme import PRESETS, Scheme, resolve_scheme
 
@@ -141,9 +141,17 @@ def test_training_rounds_as_encoding_does(name: str) -> None:
     scheme = own.get(name) or resolve_scheme(name)
     linear = nn.Linear(128, 24)
     layer = QuantLinear.from_linear(linear, scheme)
-    table = layer.weight_codebook
-    rounded = fake_quantize(linear.weight.detach(), scheme, None if table is None else table.data)
-    torch.testing.assert_close(rounded, layer.dequantize(), rtol=1e-6, atol=1e-7)
+    table = None if layer.weight_codebook is None else layer.weight_codebook.data
+    rounded = fake_quantize(linear.weight.detach(), scheme, table)
+    if table is None:
+        expected = layer.dequantize()
+    else:
+        settings = {"granularity": scheme.granularity, "group_size": scheme.group_size}
+        encoded = codebook.encode(
+            linear.weight.detach(), bits=scheme.bits, **settings, weight_codebook=table
+        )
+        expected = codebook.decode(*encoded, bits=scheme.bits, K=128)
+    torch.testing.assert_close(rounded, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_learns_from_a_teacher_alone() -> None:
@@ -183,7 +191,7 @@ def test_reads_a_generator_once_for_all_epochs() -> None:
     assert len(history.losses) == 6
 
 
-class Interrupted(Exception):
+class InterruptionError(Exception):
     pass
 
 
@@ -192,7 +200,7 @@ def _interrupting(count: int):
         def __iter__(self):
             for i, batch in enumerate(super().__iter__()):
                 if i == count:
-                    raise Interrupted
+                    raise InterruptionError
                 yield batch
 
     return Batches
@@ -207,7 +215,7 @@ def test_resumes_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.Mo
     parted = copy.deepcopy(whole)
     start = _state(parted)
     expected = llmq.fine_tune(whole, batches)
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptionError):
         llmq.fine_tune(parted, _interrupting(5)(batches), checkpoint_dir=tmp_path)
     assert _same(_state(parted), start)
     history = llmq.fine_tune(parted, batches, checkpoint_dir=tmp_path)
@@ -225,7 +233,7 @@ def test_refuses_a_state_of_another_training(
     monkeypatch.setattr(sys.modules["llmq.fine_tune"], "_SAVE_EVERY", 0.0)
     model = STEPS["w8a8"](llama())
     batches = [_ids()] * 4
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptionError):
         llmq.fine_tune(model, _interrupting(2)(batches), checkpoint_dir=tmp_path)
     with pytest.raises(ValueError, match="another training"):
         llmq.fine_tune(model, batches, epochs=2, checkpoint_dir=tmp_path)
