@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -155,7 +156,7 @@ def recovered(
     print(
         f"pruning half of the weights, then {recipe.steps} steps of fine-tuning, twice: the pruned "
         f"model and, to compare, the original (kept for the next time)",
-        flush=True,
+        file=sys.stderr,
     )
     teacher = copy.deepcopy(original)
     pruned = quantize(prune(copy.deepcopy(original), 0.5), scheme="w8a8")

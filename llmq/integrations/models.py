@@ -56,6 +56,7 @@ def _open_transformers(path: Path) -> Any:
         config = transformers.AutoConfig.from_pretrained(path)
         kinds = getattr(config, "architectures", None) or []
         found = getattr(transformers, kinds[0], None) if kinds else None
+        smollm2.no_progress_bars()
         kind = found if found is not None else transformers.AutoModel
         return kind.from_pretrained(path, dtype=torch.float32).eval()
     except OSError as error:

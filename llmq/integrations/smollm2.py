@@ -103,5 +103,13 @@ def load() -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = converted()
+    no_progress_bars()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def no_progress_bars() -> None:
+    """Stop transformers' own bars: reading a directory takes a second."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -1,0 +1,103 @@
+"""Fills the README's tables from the files in `results/` that their markers name.
+
+    python -m benchmarks.readme                              # after any benchmark wrote its file
+    python -m benchmarks.readme --demo demo-report/demo.json # keeps a demo's figures first
+
+A table stands between `<!-- table KIND FILE -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from llmq import demo
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+_TABLE = re.compile(r"(<!-- table (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def linear(record: dict[str, Any]) -> str:
+    """Return times as fast as torch's float32, a row a scheme, a column a shape and M."""
+    shapes = ((576, 576), (4096, 4096))
+    columns = [(N, K, M) for N, K in shapes for M in (1, 16, 256)]
+    found = {(r["scheme"], r["N"], r["K"], r["M"]): r for r in record["records"]}
+    schemes = list(dict.fromkeys(r["scheme"] for r in record["records"]))
+    head = ["", *(f"{N}×{K}, M={M}" for N, K, M in columns)]
+    rows = []
+    for scheme in schemes:
+        cells = [found.get((scheme, *column)) for column in columns]
+        if scheme == "float32":
+            texts = [f"{c['microseconds']:.0f} µs" if c else "" for c in cells]
+        else:
+            texts = [f"{c['times_float32']:.1f}×" if c else "" for c in cells]
+        rows.append([scheme, *texts])
+    return f"{_table(head, rows)}\n\n{_machine(record)}."
+
+
+def model(record: dict[str, Any]) -> str:
+    """Return tokens/s of a whole model, a row a scheme."""
+    speeds = record["tokens_per_second"]
+    rows = [[n, f"{s['prefill']:.0f}", f"{s['decode']:.1f}"] for n, s in speeds.items()]
+    return f"{_table(['', 'prefill tok/s', 'decode tok/s'], rows)}\n\n{_machine(record)}."
+
+
+def t5(record: dict[str, Any]) -> str:
+    """Return a T5's exact match and phoneme error, a row a scheme."""
+    rows = [
+        [r["scheme"], f"{100 * r['exact_match']:.2f} %", f"{100 * r['phoneme_error']:.2f} %"]
+        for r in record["rows"]
+    ]
+    return _table([f"{record['words']} words", "exact match", "phoneme error"], rows)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _machine(record: dict[str, Any]) -> str:
+    m = record["machine"]
+    plural = "" if m["threads"] == 1 else "s"
+    return f"{m['cpu']}, {m['threads']} thread{plural}, {m['isa']}, torch {m['torch']}"
+
+
+KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "demo": demo.markdown,
+    "linear": linear,
+    "model": model,
+    "t5": t5,
+}
+
+
+def filled(text: str) -> str:
+    """Return the README's text with every table made anew from the file that it names."""
+
+    def table(match: re.Match[str]) -> str:
+        start, kind, file, end = match.groups()
+        record = json.loads((ROOT / file).read_text())
+        return f"{start}{KINDS[kind](record)}\n{end}"
+
+    return _TABLE.sub(table, text)
+
+
+def main() -> None:
+    """Keep a demo's record if one is given, and write the README."""
+    parser = argparse.ArgumentParser(description="fill the README's tables from results")
+    parser.add_argument("--demo", type=Path, help="demo.json of a run to keep in results")
+    args = parser.parse_args()
+    if args.demo is not None:
+        record = json.loads(args.demo.read_text())
+        del record["layers"]
+        print(results.write("demo", record))
+    README.write_text(filled(README.read_text()))
+
+
+if __name__ == "__main__":
+    main()

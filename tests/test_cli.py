@@ -1,0 +1,215 @@
+"""The command line: what it prints, what it writes, and the one line it fails with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmq import cli, demo
+from llmq.integrations import smollm2
+from tests import families
+
+tf = pytest.importorskip("transformers")
+
+TEXT = "the quick brown fox jumps over the lazy dog, and then it sleeps. " * 40
+
+
+def tiny_tokenizer() -> Any:
+    """One token a byte of ASCII: enough to read and write text with a vocabulary of 128."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    letters = {chr(i): i for i in range(128)}
+    plain = Tokenizer(models.WordLevel(letters, unk_token="?"))
+    plain.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return tf.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="?", eos_token="\x02")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("original") / "llama"
+    torch.manual_seed(0)
+    families.CAUSAL["llama"]().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT)
+    return file
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str, str]:
+    """Return exit status, standard output and standard error of a command, in this process."""
+    status = cli.main([str(arg) for arg in args])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def process(*args: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "llmq.cli", *map(str, args)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+
+
+def test_help_names_every_command():
+    done = process("--help")
+    assert done.returncode == 0
+    assert all(c in done.stdout for c in ("compress", "eval", "bench", "doctor", "demo"))
+
+
+def test_failure_is_one_line_and_a_status():
+    done = process("compress", "nowhere", "-o", "out")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == (
+        "llmq: nowhere does not exist; name a directory, a .gguf file or smollm2\n"
+    )
+
+
+def test_debug_shows_the_traceback():
+    done = process("compress", "nowhere", "-o", "out", LLMQ_DEBUG="1")
+    assert done.returncode != 0 and "Traceback" in done.stderr
+
+
+def test_compress_then_eval_against_the_baseline(capsys, original, text, tmp_path):
+    out = tmp_path / "small"
+    status, table, _ = run(capsys, "compress", original, "-o", out, "--scheme", "w8a8")
+    assert status == 0 and "w8a8" in table and "untouched" in table
+    assert (out / "tokenizer.json").exists()
+
+    status, line, _ = run(capsys, "eval", out, "--text", text)
+    assert status == 0 and "perplexity" in line
+
+    page = tmp_path / "report.html"
+    args = ("eval", out, "--text", text, "--baseline", original, "--html", page, "--json")
+    status, output, _ = run(capsys, *args)
+    report = json.loads(output)
+    assert status == 0 and 0 <= report["kl"] < 0.01
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_compress_prunes_and_fine_tunes(capsys, original, text, tmp_path):
+    out = tmp_path / "sparse"
+    tune = ("--fine-tune", text, "--steps", 2, "--lr", 1e-3)
+    prune = ("--prune", 0.5, "--pattern", "2:4", "--scheme", "w8a8", "--json")
+    status, output, errors = run(capsys, "compress", original, "-o", out, *prune, *tune)
+    assert status == 0 and "2 steps in" in errors
+    layers = json.loads(output)["layers"]
+    assert {(layer["scheme"], layer["pattern"]) for layer in layers} == {("w8a8", "2:4")}
+    assert run(capsys, "eval", out, "--text", text)[0] == 0
+
+
+def test_an_empty_skip_compresses_the_embeddings_too(capsys, original, tmp_path):
+    command = ("compress", original, "-o", tmp_path / "all", "--skip", "", "--json")
+    status, output, _ = run(capsys, *command)
+    kinds = {layer["kind"] for layer in json.loads(output)["layers"]}
+    assert status == 0 and "Embedding" in kinds
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--scheme", "w3a8"), "unknown scheme 'w3a8'; presets are w8a8"),
+        (("--prune", "1.5"), "pruning_rate must be in [0, 1), got 1.5"),
+        (("--prune", "0.5", "--pattern", "stripes"), "unknown pattern 'stripes'"),
+        (("--bits", "5"), "bits must be 8 or 4, got 5"),
+        (("--fine-tune", "absent.txt"), "absent.txt does not exist"),
+        (("--scheme", "w4a16-g128"), "does not divide its 64 inputs"),
+    ],
+    ids=lambda a: "_".join(a) if isinstance(a, tuple) else "",
+)
+def test_bad_arguments_of_compress(capsys, original, tmp_path, arguments, message):
+    out = tmp_path / "out"
+    prune_only = [] if "--scheme" in arguments or "--prune" in arguments else ["--prune", "0"]
+    status, output, errors = run(capsys, "compress", original, "-o", out, *arguments, *prune_only)
+    assert status == 1 and output == ""
+    assert message in errors and errors.strip().count("\n") == 0
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder.mkdir(), "holds no model: neither llmq.json nor config.json"),
+        (lambda folder: folder.write_text("x"), "is no model: a directory or a .gguf file would"),
+    ],
+    ids=["empty directory", "some file"],
+)
+def test_what_is_no_model(capsys, tmp_path, text, make, message):
+    place = tmp_path / "thing"
+    make(place)
+    status, _, errors = run(capsys, "eval", place, "--text", text)
+    assert status == 1 and message in errors
+
+
+def test_eval_without_tokenizer(capsys, original, text, tmp_path):
+    folder = tmp_path / "bare"
+    tf.AutoModelForCausalLM.from_pretrained(original).save_pretrained(folder)
+    status, _, errors = run(capsys, "eval", folder, "--text", text)
+    assert status == 1 and "has no tokenizer" in errors
+
+
+def test_output_holding_something_else_is_left_alone(capsys, original, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    status, _, errors = run(capsys, "compress", original, "-o", tmp_path)
+    assert status == 1 and "holds something else" in errors
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_doctor_as_table_and_json(capsys):
+    status, table, _ = run(capsys, "doctor")
+    assert status == 0 and "C++ kernels" in table
+    status, output, _ = run(capsys, "doctor", "--json")
+    names = [part["name"] for part in json.loads(output)]
+    assert status == 0 and "torch" in names
+
+
+def test_bench_linear(capsys):
+    args = ("bench", "linear", "--shape", "48x32", "--tokens", 1, "--scheme", "w8a8")
+    status, table, _ = run(capsys, *args)
+    assert status == 0 and "48×32" in table and "w8a8" in table
+    status, output, _ = run(capsys, *args, "--json")
+    record = json.loads(output)
+    assert status == 0 and {r["scheme"] for r in record["records"]} == {"float32", "w8a8"}
+    assert all(r["microseconds"] > 0 for r in record["records"])
+
+
+def test_bench_rejects_a_shape(capsys):
+    status, _, errors = run(capsys, "bench", "linear", "--shape", "12")
+    assert status == 1 and "--shape takes outputs x inputs" in errors
+
+
+def test_demo_writes_table_json_and_page(capsys, original, tmp_path, monkeypatch):
+    model = tf.AutoModelForCausalLM.from_pretrained(original).eval()
+    monkeypatch.setattr(smollm2, "load", lambda: (model, tiny_tokenizer()))
+    monkeypatch.setenv("LLMQ_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "report"
+    status, table, _ = run(capsys, "demo", "--quick", "-o", out)
+    assert status == 0
+    names = ["float32", *demo.SCHEMES, demo.SPARSE]
+    assert all(name in table for name in (*names, "prefill tok/s", "log-perplexity"))
+
+    record = json.loads((out / "demo.json").read_text())
+    assert [row["name"] for row in record["rows"]] == names
+    assert record["rows"][0]["kl"] == 0 and all(row["perplexity"] > 1 for row in record["rows"])
+    assert record["recovery"]["zeros_kept"]
+    assert set(record["layers"]) == set(names[1:])
+    assert all(len(errors) == 14 for errors in record["layers"].values())  # 2 layers of 7
+
+    page = (out / "demo.html").read_text()
+    assert "<svg" in page and "http-equiv" not in page and 'src="http' not in page
+
+    status, output, _ = run(capsys, "demo", "--quick", "-o", out, "--markdown")
+    assert status == 0 and output.startswith("| model |")  # from the cache: no second training
