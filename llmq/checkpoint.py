@@ -2,28 +2,29 @@
 
 A directory holds `model.safetensors` (every tensor once, in canonical layout), `llmq.json` (what
 the model is made of, with checksums) and whatever else its owner keeps there. Nothing in it is
-ever unpickled or executed.
+ever unpickled or executed. The checksums find damage; whoever can write both files can also renew
+them, so what they say is checked besides.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from tqdm.auto import tqdm
 
+from llmq.integrations import architecture, tensor_file
 from llmq.integrations.directory import recover, replaced
 from llmq.integrations.experts import split_for
-from llmq.nn import CompressedLayer, QuantEmbedding, empty_layer
+from llmq.nn import CompressedLayer, QuantEmbedding, SparseLinear, empty_layer
+from llmq.nn.check import check_layer
 from llmq.report import LayerReport, ModelReport, Untouched
 from llmq.walk import set_attributes
 
@@ -31,7 +32,16 @@ FORMAT_VERSION = 1
 TENSORS = "model.safetensors"
 DESCRIPTION = "llmq.json"
 _MAX_DESCRIPTION = 64 << 20  # bytes; a description of 10,000 layers takes 5 MB
-_HASH_CHUNK = 16 << 20
+
+# Buffers that a class leaves out of its state dict are made again by the class, but small ones are
+# kept too: `.half().float()` and the like leave them with other values than the class gives them.
+_SMALL_BUFFER = 1 << 16  # bytes
+
+# A model in float32 is at most some 100 times as large as what is left of it after 4-bit coding
+# and pruning nine weights in ten; a small one may need a causal mask that is larger than itself.
+_MOST_NUMBERS_A_BYTE = 64
+_SPARE_NUMBERS = 1 << 28
+_SPARE_TENSORS = 10_000
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -45,34 +55,40 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         directory: made if missing.
 
     Raises:
-        TypeError: if the model is no transformers model, which is what `load` can rebuild.
-        ValueError: if the directory holds something that is no llmq checkpoint.
+        TypeError: if the model is none of transformers' own, which is what `load` can make again.
+        ValueError: if the directory holds something that is no llmq checkpoint, or the model has
+            layers that its configuration does not tell, or scales that are not finite.
     """
-    config, kind = _architecture(model)
-    target = Path(directory)
-    tensors, aliases = _tensors(model)
-    layers = {
-        name: module.config()  # type: ignore[operator]
-        for name, module in model.named_modules()
-        if isinstance(module, CompressedLayer)
-    }
-    generation = getattr(model, "generation_config", None)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    described = architecture.describe(model)
+    entries, aliases, buffers = _entries(model)
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedLayer):
+            check_layer(name, module, module.canonical())
+            layers[name] = module.config()  # type: ignore[operator]
     report = getattr(model, "llmq_report", None)
-    with replaced(target, marker=DESCRIPTION, ours=(TENSORS, DESCRIPTION)) as folder:
-        save_file(tensors, folder / TENSORS)
-        description = {
-            "format_version": FORMAT_VERSION,
-            "architecture": kind,
-            "config": config,
-            "generation_config": None if generation is None else json.loads(_json_of(generation)),
-            "layers": layers,
-            "module_attributes": getattr(model, "llmq_module_attributes", {}),
-            "aliases": aliases,
-            "report": None if report is None else json.loads(report.to_json()),
-            "tensors_sha256": _sha256(folder / TENSORS, "checksum"),
-        }
+    description = {
+        "format_version": FORMAT_VERSION,
+        "versions": {name: _version(name) for name in ("llmq-kernels", "torch", "transformers")},
+        **described,
+        "layers": layers,
+        "module_attributes": getattr(model, "llmq_module_attributes", {}),
+        "aliases": aliases,
+        "buffers": buffers,
+        "report": None if report is None else json.loads(report.to_json()),
+    }
+    try:
+        shapes = {name: list(entry.shape) for name, entry in entries.items()}
+        _skeleton(description, shapes, sum(math.prod(shape) for shape in shapes.values()))
+    except ValueError as error:
+        raise ValueError(f"{type(model).__name__} could not be loaded again: {error}") from error
+    with replaced(Path(directory), marker=DESCRIPTION, ours=(TENSORS, DESCRIPTION)) as folder:
+        description["tensors_sha256"] = tensor_file.write(folder / TENSORS, entries)
+        description["tensors_bytes"] = (folder / TENSORS).stat().st_size
         description["sha256"] = _digest(description)
-        (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
 
 
 def load(directory: str | os.PathLike[str], device: str | torch.device | None = None) -> nn.Module:
@@ -85,25 +101,30 @@ def load(directory: str | os.PathLike[str], device: str | torch.device | None = 
     Raises:
         FileNotFoundError: if there is no checkpoint.
         ValueError: naming the file, if it is truncated, altered, from a newer version, or names a
-            model class that transformers does not have.
+            model class that transformers does not have; or if the device cannot be used.
     """
+    _check_device(device)
     folder = Path(directory)
     recover(folder)
-    description = _read_description(folder / DESCRIPTION)
-    file = folder / TENSORS
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing; the checkpoint is incomplete")
-    if _sha256(file, "check") != description["tensors_sha256"]:
-        raise ValueError(f"{file} is not the file that was saved: truncated or altered")
+    file = folder / DESCRIPTION
+    description = _read_description(file)
     try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no safetensors file: {error}") from error
+        size, sha256 = description["tensors_bytes"], description["tensors_sha256"]
+        tensors = tensor_file.read(folder / TENSORS, size, sha256)
+    except ValueError:
+        # Another process may have replaced the directory between the two files.
+        if _read_description(file)["sha256"] == description["sha256"]:
+            raise
+        return load(directory, device)
     try:
-        model = _rebuild(description, tensors)
-    except (KeyError, TypeError, AttributeError, RuntimeError, MemoryError, IndexError) as error:
-        raise ValueError(f"{folder / DESCRIPTION} describes no model: {error!r}") from error
+        model = _skeleton(description, {n: list(t.shape) for n, t in tensors.items()}, size)
+        _fill(model, description, tensors)
+        if description["report"] is not None:
+            model.llmq_report = _report(model, description["report"])  # type: ignore[assignment]
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError) as error:
+        raise ValueError(f"{file} describes no model: {error!r}") from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
     model.eval()
     return model if device is None else model.to(device)
 
@@ -111,88 +132,82 @@ def load(directory: str | os.PathLike[str], device: str | torch.device | None = 
 # -- saving --------------------------------------------------------------------------------------
 
 
-def _architecture(model: nn.Module) -> tuple[dict[str, Any], str]:
-    """Return the configuration and class name from which transformers makes `model` again."""
-    kind = type(model).__name__
-    if not type(model).__module__.startswith("transformers.") or not hasattr(model, "config"):
-        raise TypeError(
-            f"llmq.save writes transformers models, which llmq.load can rebuild by name, got "
-            f"{kind}; torch.save(model.state_dict(), file) keeps the weights of any module, in "
-            f"the same canonical layout"
-        )
-    config = json.loads(model.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
-    config.pop("quantization_config", None)
-    return config, kind
+class _Owned(NamedTuple):
+    """A tensor of a checkpoint: its name, its value now, and what tells it from all others."""
+
+    name: str
+    tensor: Tensor
+    identity: object
+    get: Any
+    buffer: bool = False
 
 
-def _json_of(generation_config: Any) -> str:
-    text: str = generation_config.to_json_string(use_diff=True)
-    return text
-
-
-def _owned(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
-    """Give every tensor of a checkpoint as (name, tensor, identity of what holds it)."""
+def _owned(model: nn.Module) -> Iterator[_Owned]:
+    """Give every tensor of a checkpoint, those that several modules share once for each."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
         if isinstance(module, CompressedLayer):
             for name, tensor in module.canonical().items():
                 holder = module._parameters.get(name)
                 # Names that only the canonical layout has are held by the module as a whole.
-                yield (
-                    dot + name,
-                    tensor,
-                    id(holder) if holder is not None else hash((id(module), name)),
-                )
+                identity = (id(module), name) if holder is None else id(holder)
+                held = holder is not None and holder.data_ptr() == tensor.data_ptr()
+                get = tensor.detach if held else _Canonical(module, name)
+                yield _Owned(dot + name, tensor, identity, get)
             continue
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                yield dot + name, parameter.detach(), id(parameter)
+                value = parameter.detach()
+                yield _Owned(dot + name, value, id(parameter), value.detach)
         for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield dot + name, buffer, id(buffer)
+            if buffer is not None:
+                hidden = name in module._non_persistent_buffers_set
+                yield _Owned(dot + name, buffer, id(buffer), buffer.detach, hidden)
 
 
-def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors to write, each once, and alias → name for those that share one."""
-    first: dict[int, str] = {}
-    tensors: dict[str, Tensor] = {}
+class _Canonical(NamedTuple):
+    """Makes a canonical tensor again when it is written, so that one is in memory at a time."""
+
+    layer: CompressedLayer
+    name: str
+
+    def __call__(self) -> Tensor:
+        return self.layer.canonical()[self.name]
+
+
+def _entries(
+    model: nn.Module,
+) -> tuple[dict[str, tensor_file.Entry], dict[str, str], dict[str, str]]:
+    """Return the tensors to write, alias → name for those that share one, and hidden buffers.
+
+    Hidden buffers, those that a class keeps out of its state dict, are given with their dtype;
+    large ones are not written.
+    """
+    first: dict[object, str] = {}
+    entries: dict[str, tensor_file.Entry] = {}
     aliases: dict[str, str] = {}
-    for name, tensor, identity in _owned(model):
-        if identity in first:
-            aliases[name] = first[identity]
+    buffers: dict[str, str] = {}
+    for owned in _owned(model):
+        tensor = owned.tensor
+        if owned.buffer:
+            buffers[owned.name] = str(tensor.dtype).removeprefix("torch.")
+            if tensor.numel() * tensor.element_size() > _SMALL_BUFFER:
+                continue
+        elif owned.identity in first:
+            aliases[owned.name] = first[owned.identity]
             continue
         if tensor.is_meta:
-            raise ValueError(f"{name} is on the meta device; load the model's weights first")
-        first[identity] = name
-        tensors[name] = tensor.detach().to("cpu").contiguous()
-    return _separate(tensors), aliases
+            raise ValueError(f"{owned.name} is on the meta device; load the model's weights first")
+        first[owned.identity] = owned.name
+        entries[owned.name] = tensor_file.Entry(tensor.dtype, tuple(tensor.shape), owned.get)
+    return entries, aliases, buffers
 
 
-def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that are views of one storage, which safetensors refuses."""
-    seen: set[int] = set()
-    separate = {}
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        whole = storage.nbytes() == tensor.numel() * tensor.element_size()
-        if not whole or (tensor.numel() and storage.data_ptr() in seen):
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        separate[name] = tensor
-    return separate
-
-
-def _sha256(file: Path, what: str) -> str:
-    digest = hashlib.sha256()
-    size = file.stat().st_size
-    with (
-        file.open("rb") as stream,
-        tqdm(total=size, desc=what, unit="B", unit_scale=True, delay=1, leave=False) as bar,
-    ):
-        while chunk := stream.read(_HASH_CHUNK):
-            digest.update(chunk)
-            bar.update(len(chunk))
-    return digest.hexdigest()
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _digest(description: dict[str, Any]) -> str:
@@ -201,6 +216,28 @@ def _digest(description: dict[str, Any]) -> str:
 
 
 # -- loading -------------------------------------------------------------------------------------
+
+_FIELDS = {
+    "config": dict,
+    "implementations": dict,
+    "generation_config": (dict, type(None)),
+    "layers": dict,
+    "module_attributes": dict,
+    "aliases": dict,
+    "buffers": dict,
+    "report": (dict, type(None)),
+    "tensors_sha256": str,
+    "tensors_bytes": int,
+}
+
+
+def _check_device(device: str | torch.device | None) -> None:
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
+        raise ValueError(f"device {device!r} cannot be used here: {error}") from error
 
 
 def _read_description(file: Path) -> dict[str, Any]:
@@ -211,114 +248,159 @@ def _read_description(file: Path) -> dict[str, Any]:
     if file.stat().st_size > _MAX_DESCRIPTION:
         raise ValueError(f"{file} is larger than any description of a model")
     try:
-        description = json.loads(file.read_bytes())
+        description = json.loads(file.read_bytes(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: truncated or altered ({error})") from error
     if not isinstance(description, dict) or "format_version" not in description:
         raise ValueError(f"{file} was not written by llmq.save")
     version = description["format_version"]
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        newer = isinstance(version, int) and version > FORMAT_VERSION
         raise ValueError(
             f"{file} has format version {version!r}, this llmq reads {FORMAT_VERSION}; "
-            f"another version of llmq wrote it"
+            + ("pip install -U llmq-kernels" if newer else "save the model again")
         )
     if description.get("sha256") != _digest(description):
         raise ValueError(f"{file} does not match its checksum: altered since it was saved")
+    for name, kind in _FIELDS.items():
+        if not isinstance(description.get(name, ...), kind):  # type: ignore[arg-type]
+            raise ValueError(
+                f"{file} describes no model: {name} is {description.get(name, 'missing')!r:.60}"
+            )
     return description
 
 
-class _NoInitialization(TorchFunctionMode):
-    """Leaves fresh weights unset: they are about to be loaded, and drawing them takes seconds."""
-
-    _SKIPPED = frozenset({"uniform_", "normal_", "trunc_normal_", "erfinv_"})
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__name__", "") in self._SKIPPED and args and isinstance(args[0], Tensor):
-            return args[0]
-        return func(*args, **(kwargs or {}))
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)!r} stands there twice")
+    return found
 
 
-def _rebuild(description: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
-    model = _empty_model(description["architecture"], description["config"])
-    generation = description["generation_config"]
-    if generation is not None:
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_dict(generation)  # type: ignore[assignment]
-    aliases = description["aliases"]
-    for alias, name in aliases.items():
-        if name not in tensors:
+def _skeleton(description: dict[str, Any], shapes: dict[str, list[int]], size: int) -> nn.Module:
+    """Make the model that tensors of `shapes` belong into, of `size` bytes or numbers in all."""
+    numbers = _MOST_NUMBERS_A_BYTE * size + _SPARE_NUMBERS
+    everything = dict(shapes)
+    for alias, name in description["aliases"].items():
+        if name not in shapes or alias in shapes:
             raise ValueError(f"alias {alias} names the missing tensor {name}")
-    everything = tensors | {alias: tensors[name] for alias, name in aliases.items()}
-    for name, config in description["layers"].items():
-        shapes = {n: list(everything[f"{name}.{n}"].shape) for n in config["shapes"]}
-        if shapes != config["shapes"]:
-            raise ValueError(f"layer {name} has tensors of other shapes than it describes")
+        everything[alias] = shapes[name]
+    layers = description["layers"]
+    _check_layers(layers, everything, numbers)
+    model = architecture.build(
+        description, numbers=numbers, tensors=8 * len(everything) + _SPARE_TENSORS
+    )
+    for name, config in layers.items():
         split_for(model, name)
-        layer = empty_layer(config)
-        layer.load_state_dict({n: everything[f"{name}.{n}"] for n in shapes})
-        _set_submodule(model, name, layer)
+        _replace(model, name, empty_layer(config))
     for name, attributes in description["module_attributes"].items():
-        if not all(type(value) is int for value in attributes.values()):
-            raise ValueError(f"attributes of module {name} are not all integers")
+        module = model.get_submodule(name)
+        for attribute, value in attributes.items():
+            if type(value) is not int or type(getattr(module, attribute, 0)) is not int:
+                raise ValueError(f"attributes of module {name} are not all integers")
         set_attributes(model, name, attributes)
-    compressed = tuple(f"{name}." for name in description["layers"])
-    _fill(model, {n: t for n, t in everything.items() if not n.startswith(compressed)})
-    _tie(model, aliases)
-    if description["report"] is not None:
-        model.llmq_report = _report(description["report"])  # type: ignore[assignment]
-    return model
-
-
-def _empty_model(kind: str, config: dict[str, Any]) -> nn.Module:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            f"the checkpoint holds a transformers {kind}; pip install 'llmq-kernels[transformers]'"
-        ) from error
-    found = getattr(transformers, kind, None) if isinstance(kind, str) else None
-    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
-        raise ValueError(f"transformers {transformers.__version__} has no model class {kind!r}")
-    with _NoInitialization():
-        model = found(found.config_class.from_dict(config))
-    assert isinstance(model, nn.Module)
-    return model
-
-
-def _set_submodule(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    modules = model.get_submodule(parent)._modules
-    if attribute not in modules:
-        raise ValueError(f"the model has no layer {name}")
-    modules[attribute] = layer
-
-
-def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Set every parameter and persistent buffer outside compressed layers; shapes may differ."""
-    wanted = {
-        name
-        for name, _, _ in _owned(model)
-        if not isinstance(model.get_submodule(name.rpartition(".")[0]), CompressedLayer)
-    }
-    if wanted != tensors.keys():
-        odd = sorted(wanted ^ tensors.keys())
+    wanted = {owned.name for owned in _owned(model) if not owned.buffer}
+    given = everything.keys() - description["buffers"].keys()
+    if wanted != given:
+        odd = sorted(wanted ^ given)
         raise ValueError(f"tensors and model do not belong together: {', '.join(odd[:3])}")
-    for name, tensor in tensors.items():
-        owner, _, attribute = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if attribute in module._buffers:
+    return model
+
+
+def _check_layers(layers: dict[str, Any], shapes: dict[str, list[int]], numbers: int) -> None:
+    """Raise `ValueError` if layers do not fit their tensors, or are too large when decoded."""
+    for name, config in layers.items():
+        if not isinstance(config, dict) or not isinstance(config.get("shapes"), dict):
+            raise ValueError(f"describes no model: layer {name} is {config!r:.60}")
+        if any(shapes.get(f"{name}.{n}") != shape for n, shape in config["shapes"].items()):
+            raise ValueError(f"layer {name} has tensors of other shapes than it describes")
+        fields = ("out_features", "in_features")
+        if config.get("type") == "QuantEmbedding":
+            fields = ("num_embeddings", "embedding_dim")
+        for field in fields:
+            if type(config.get(field)) is not int or config[field] < 0:
+                raise ValueError(f"layer {name} has {field}={config.get(field)!r:.60}")
+        numbers -= config[fields[0]] * config[fields[1]]
+    if numbers < 0:
+        raise ValueError("describes far larger layers than the tensors can make")
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put `layer` wherever the module called `name` stands."""
+    try:
+        old = model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"describes no model: it has no layer {name}") from error
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if child is old:
+                parent._modules[attribute] = layer
+
+
+def _fill(model: nn.Module, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Give the skeleton its values; shapes are those of the tensors (structured pruning).
+
+    `tensors` is emptied, so that a model is not in memory twice.
+    """
+    aliases, hidden = description["aliases"], description["buffers"]
+    rebuilt = {name: dtype for name, dtype in hidden.items() if name not in tensors}
+    everything = tensors | {alias: tensors[name] for alias, name in aliases.items()}
+    tensors.clear()
+    for name, config in description["layers"].items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, CompressedLayer)
+        own = {n: everything.pop(f"{name}.{n}") for n in config["shapes"]}
+        check_layer(name, layer, own)
+        layer.load_state_dict(own)
+        if isinstance(layer, SparseLinear) and layer.weight.dim() != 2:
+            layer.mask()  # kept as stored, so that nothing has checked its positions yet
+    for name, tensor in everything.items():
+        module, attribute = _owner(model, name)
+        if isinstance(module, CompressedLayer):
+            continue  # of a layer that stands in several places
+        if module is not None and attribute in module._buffers:
             module._buffers[attribute] = tensor
-            continue
-        old = module._parameters[attribute]
-        assert old is not None
-        module._parameters[attribute] = nn.Parameter(
-            tensor, requires_grad=old.requires_grad and tensor.is_floating_point()
-        )
-        if isinstance(module, nn.Linear) and attribute == "weight":
-            module.out_features, module.in_features = tensor.shape
+        elif name not in hidden:  # else this version of transformers does without
+            assert module is not None
+            _set_parameter(module, attribute, tensor)
+    for name, dtype in rebuilt.items():
+        module, attribute = _owner(model, name)
+        buffer = None if module is None else module._buffers.get(attribute)
+        if module is not None and buffer is not None and buffer.is_floating_point():
+            module._buffers[attribute] = buffer.to(_float_dtype(dtype))
+    _tie(model, aliases)
+    for owned in _owned(model):
+        if owned.tensor.is_meta:
+            raise ValueError(f"describes no model: nothing gives {owned.name} its values")
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
+    """Return the module that holds the tensor called `name`, and what it calls it."""
+    owner, _, attribute = name.rpartition(".")
+    try:
+        return model.get_submodule(owner), attribute
+    except AttributeError:
+        return None, attribute
+
+
+def _float_dtype(name: Any) -> torch.dtype:
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"describes no model: {name!r} is no floating-point dtype")
+    return dtype
+
+
+def _set_parameter(module: nn.Module, attribute: str, tensor: Tensor) -> None:
+    old = module._parameters[attribute]
+    assert old is not None
+    if old.dim() != tensor.dim():
+        raise ValueError(f"{attribute} has shape {list(tensor.shape)}, not {list(old.shape)}")
+    module._parameters[attribute] = nn.Parameter(
+        tensor, requires_grad=old.requires_grad and tensor.is_floating_point()
+    )
+    if isinstance(module, nn.Linear) and attribute == "weight":
+        module.out_features, module.in_features = tensor.shape
 
 
 def _tie(model: nn.Module, aliases: dict[str, str]) -> None:
@@ -335,9 +417,18 @@ def _tie(model: nn.Module, aliases: dict[str, str]) -> None:
             target._pack()
 
 
-def _report(record: dict[str, Any]) -> ModelReport:
-    return ModelReport(
+def _report(model: nn.Module, record: dict[str, Any]) -> ModelReport:
+    """Read a report back; kernels are told anew, as this may be another machine."""
+    report = ModelReport(
         layers=[LayerReport(**layer) for layer in record["layers"]],
         untouched=[Untouched(**weight) for weight in record["untouched"]],
         choice=record["choice"],
     )
+    for layer in report.layers:
+        module: Any = model.get_submodule(layer.name)
+        if isinstance(module, CompressedLayer) and not isinstance(module, QuantEmbedding):
+            kernel = module.kernel(1)  # type: ignore[operator]
+            if kernel.name != layer.kernel:
+                layer.kernel, layer.reason = kernel
+    str(report)  # raises where a field is of another type than it should be
+    return report

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import errno
 import os
+import secrets
 import shutil
-import tempfile
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # renameat2(2), Linux 3.15
@@ -27,7 +31,7 @@ def replaced(target: Path, *, marker: str, ours: tuple[str, ...]) -> Iterator[Pa
     Raises:
         ValueError: if `target` is a file, or a directory of something else.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))
     recover(target)
     if target.exists():
         if not target.is_dir():
@@ -37,27 +41,25 @@ def replaced(target: Path, *, marker: str, ours: tuple[str, ...]) -> Iterator[Pa
                 f"{target} holds something else (no {marker} in it); name another directory"
             )
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    try:
-        os.chmod(folder, 0o755)
+    _sweep(target)
+    with _partial(target) as folder:
         yield folder
         if target.exists():
+            shutil.copymode(target, folder)
             for entry in target.iterdir():
                 if entry.name not in ours:
-                    copy = shutil.copytree if entry.is_dir() else shutil.copy2
-                    copy(entry, folder / entry.name)
-        for entry in folder.rglob("*"):
-            _sync(entry)
-        _sync(folder)
+                    _carry(entry, folder / entry.name)
+        for path, _, files in os.walk(folder):
+            for file in files:
+                _sync(Path(path, file))
+            _sync(Path(path))
         _swap(folder, target)
         _sync(target.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def recover(target: Path) -> None:
     """Undo a replacement that was cut off between its two renames (`_swap` without exchange)."""
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))
     aside = _aside(target)
     if aside.exists():
         if target.exists():
@@ -68,6 +70,70 @@ def recover(target: Path) -> None:
 
 def _aside(target: Path) -> Path:
     return target.parent / f".{target.name}.replaced"
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.partial-"
+
+
+@contextmanager
+def _partial(target: Path) -> Iterator[Path]:
+    """Make a directory beside `target`, locked while this process lives, and gone afterwards."""
+    while True:
+        folder = target.parent / (_prefix(target) + secrets.token_hex(4))
+        folder.mkdir()
+        lock = _lock(folder)
+        if folder.exists():  # else another process swept it before it was locked
+            break
+        _unlock(lock)
+    try:
+        yield folder
+    finally:
+        _unlock(lock)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(target: Path) -> None:
+    """Delete what processes that were killed have left: directories that nobody locks."""
+    for folder in target.parent.glob(f"{_prefix(target)}*"):
+        lock = _lock(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            _unlock(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Return a handle that locks `folder` until it is closed, None if somebody else does."""
+    if sys.platform == "win32":
+        return None
+    handle = None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        _unlock(handle)
+        return None
+    return handle
+
+
+def _unlock(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)
+
+
+def _carry(source: Path, target: Path) -> None:
+    if source.is_dir() and not source.is_symlink():
+        shutil.copytree(source, target, symlinks=True, copy_function=_link)
+    else:
+        _link(source, target)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """Let the file be in both directories, the old of which is about to go; else copy it."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _swap(folder: Path, target: Path) -> None:
@@ -81,24 +147,24 @@ def _swap(folder: Path, target: Path) -> None:
 
 def _exchange(a: Path, b: Path) -> bool:
     """Swap two directories in one step, where the system and the file system can."""
+    if not sys.platform.startswith("linux"):
+        return False
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
         return False
-    done = rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
-    if done == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), str(b))
+    # What else may be wrong, the two plain renames that follow will say.
+    return bool(rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0)
 
 
 def _sync(path: Path) -> None:
-    if path.is_dir() and os.name != "posix":
+    """Have the disk hold a file or a directory's entries; links have nothing of their own."""
+    if sys.platform == "win32" or path.is_symlink():
         return
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        # Some network file systems refuse this for directories.
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+            os.fsync(handle)
     finally:
         os.close(handle)
