@@ -39,16 +39,28 @@ class _Histogram(NamedTuple):
     mass: Tensor  # [bins + 1]
     total: Tensor  # [bins + 1]
 
-    def cells(self, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mass and total of the values nearest to each level."""
+    def cells(self, levels: Tensor) -> Tensor:
+        """Return where the values nearest to each level begin, and the end of the last."""
         inner = torch.searchsorted(self.centres, _edges(levels))
         ends = inner.new_tensor([0, len(self.centres)])
-        at = torch.cat((ends[:1], inner, ends[1:]))
-        return self.mass[at].diff(), self.total[at].diff()
+        return torch.cat((ends[:1], inner, ends[1:]))
+
+    def means(self, levels: Tensor) -> Tensor:
+        """Return the mean of the values nearest to each level; the level itself where none is."""
+        at = self.cells(levels)
+        mass, total = self.mass[at].diff(), self.total[at].diff()
+        # Where groups differ by many orders of magnitude, differences of running sums lose their
+        # digits: such a mean, of next to no weight, may leave its values.
+        last = len(self.centres) - 1
+        lowest = self.centres[at[:-1].clamp(max=last)]
+        highest = self.centres[(at[1:] - 1).clamp(min=0)]
+        means = (total / mass).clamp(lowest, highest)
+        return torch.where((at.diff() > 0) & (mass > 0), means, levels)
 
     def gain(self, levels: Tensor) -> float:
         """Return how much squared error the levels leave, less a constant of the histogram."""
-        mass, total = self.cells(levels)
+        at = self.cells(levels)
+        mass, total = self.mass[at].diff(), self.total[at].diff()
         return float((mass * levels**2 - 2 * total * levels).sum())
 
 
@@ -97,8 +109,7 @@ def _lloyd(histogram: _Histogram, levels: Tensor) -> Tensor:
     Lloyd, "Least squares quantization in PCM", 1982; each step lowers the squared error.
     """
     for _ in range(_ITERATIONS):
-        mass, total = histogram.cells(levels)
-        moved = torch.where(mass > 0, total / mass, levels)
+        moved = histogram.means(levels)
         if torch.allclose(moved, levels, rtol=0, atol=1e-9):
             break
         levels = moved.sort().values
@@ -148,7 +159,7 @@ def encode(
     check_bits(bits)
     N = weight.shape[0]
     G, group = group_shape(weight, granularity, group_size)
-    grouped = weight.float().reshape(N, G, group)
+    grouped = weight.float().contiguous().reshape(N, G, group)
     scale = _largest(grouped, granularity)
     if weight_codebook is None:
         levels = _fit(_unit(grouped, scale), scale, 2**bits)[None]

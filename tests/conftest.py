@@ -1,0 +1,70 @@
+"""Fixtures of all tests: poisoned memory, instruction sets, threads; no test of the wrong build."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmq import extension
+
+
+def built_extensions() -> list[Path]:
+    """Every compiled library of this checkout and of an installed llmq-kernels."""
+    found = set(Path(extension.__file__).parent.glob("_C*.so"))
+    try:
+        files = importlib.metadata.files("llmq-kernels") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    found |= {Path(str(f.locate())) for f in files if f.match("llmq/_C*.so")}
+    return sorted(path.resolve() for path in found if path.exists())
+
+
+def wrong_extension() -> str | None:
+    """Say what is wrong if a library was built and another one, or none, is loaded."""
+    built, loaded = built_extensions(), extension.load()
+    if built and (loaded.path is None or loaded.path.resolve() not in built):
+        return f"built {', '.join(map(str, built))}, but loaded {loaded.path or loaded.error}"
+    return None
+
+
+def pytest_sessionstart() -> None:
+    # Tests against references alone would pass and prove nothing of the library.
+    problem = wrong_extension()
+    if problem:
+        pytest.exit(f"the compiled library that was built does not run: {problem}", returncode=1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _poisoned_memory() -> Iterator[None]:
+    """Fill fresh tensors with NaN or the largest integer, so that what is not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512vnni"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test on each instruction set; fails if this CPU has one that the library lacks."""
+    from tests.cpu_isas import available
+
+    assert extension.load().loaded, extension.load().error
+    if request.param not in available():
+        pytest.skip(f"this CPU has no {request.param}")
+    before = torch.ops.llmq.cpu_isa()
+    torch.ops.llmq.set_cpu_isa(request.param)
+    yield request.param
+    torch.ops.llmq.set_cpu_isa(before)
+
+
+@pytest.fixture(params=[1, 2, 3], ids="{}-threads".format)
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Run the test on that many threads, more than a small machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
