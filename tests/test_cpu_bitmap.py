@@ -113,7 +113,7 @@ def _check_floats(
     assert_close(y, expected, float_tolerance(x, weight, bias, expected), ops.cpu_isa())
 
 
-# -- packing ---------------------------------------------------------------------------------------
+# packing
 
 
 def _panels_by_hand(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,7 +214,7 @@ def test_broken_panels_are_refused() -> None:
             ops.bitmap_sparse_linear(torch.zeros(1, 24), *stored, torch.ones(20, 1), None, 0)
 
 
-# -- int8 values -----------------------------------------------------------------------------------
+# int8 values
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
@@ -315,7 +315,7 @@ def test_bias_of_any_type_or_none(isa: str, bias_dtype: torch.dtype) -> None:
         assert torch.equal(without, given)
 
 
-# -- floating-point activations beyond what three digits hold --------------------------------------
+# floating-point activations beyond what three digits hold
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-38, 1e38])
@@ -359,7 +359,7 @@ def test_an_outlier_costs_other_segments_nothing(isa: str) -> None:
     assert_close(y, expected, float_tolerance(x, weight, None, expected), isa)
 
 
-# -- floating-point values -------------------------------------------------------------------------
+# floating-point values
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -372,7 +372,7 @@ def test_float_values(shape: tuple[int, ...], value_dtype: torch.dtype, dtype: t
     _check_floats(case.x, weight, case.bias, None, bitmap.encode(weight, case.mask))
 
 
-# -- threads and errors ----------------------------------------------------------------------------
+# threads and errors
 
 
 @pytest.mark.parametrize(("M", "N", "K"), [(1, 1536, 576), (40, 700, 900), (600, 130, 300)])

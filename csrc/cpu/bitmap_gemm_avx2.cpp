@@ -13,6 +13,8 @@ namespace {
 // Bytes ahead that masks and kept bytes are fetched: the address depends on the popcounts before it.
 constexpr int64_t kAhead = 1024;
 
+constexpr int64_t kTokens = 4;
+
 // Byte i of places[mask] says which of the next 8 kept bytes belongs at i, or 0x80 for none.
 struct Table {
   uint64_t places[256];
@@ -79,10 +81,10 @@ __m256i lanes_below(int64_t left) {
 }
 
 template <int T>
-void panel(const Int8Gemm& g, const uint8_t* weight, const uint8_t* mask, int64_t n) {
+void tile(const Int8Gemm& g, const uint8_t* weight, const uint8_t* mask, int64_t n, int64_t m) {
   const int64_t group_blocks = g.K4 / g.groups;
   const __m256i ones = _mm256_set1_epi16(1);
-  const int8_t* x = g.x;
+  const int8_t* x = g.x + m * g.x_stride;
   __m256 sum[2][T];
   for (int t = 0; t < T; ++t) sum[0][t] = sum[1][t] = _mm256_setzero_ps();
   for (int64_t group = 0; group < g.groups; ++group) {
@@ -100,7 +102,7 @@ void panel(const Int8Gemm& g, const uint8_t* weight, const uint8_t* mask, int64_
       }
     }
     for (int t = 0; t < T; ++t) {
-      const __m256 scale = _mm256_set1_ps(g.x_scale[t * g.groups + group]);
+      const __m256 scale = _mm256_set1_ps(g.x_scale[(m + t) * g.groups + group]);
       for (int h = 0; h < 2; ++h)
         sum[h][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[h][t]), scale, sum[h][t]);
     }
@@ -111,21 +113,25 @@ void panel(const Int8Gemm& g, const uint8_t* weight, const uint8_t* mask, int64_
     const __m256 bias =
         g.bias == nullptr ? _mm256_setzero_ps() : _mm256_maskload_ps(g.bias + n, lanes);
     for (int t = 0; t < T; ++t)
-      _mm256_maskstore_ps(g.y + t * g.y_stride + n, lanes, _mm256_fmadd_ps(sum[h][t], scale, bias));
+      _mm256_maskstore_ps(g.y + (m + t) * g.y_stride + n, lanes,
+                          _mm256_fmadd_ps(sum[h][t], scale, bias));
   }
 }
 
-using Panel = void(const Int8Gemm&, const uint8_t* weight, const uint8_t* mask, int64_t n);
-constexpr Panel* kPanels[kBitmapTokens] = {panel<1>, panel<2>, panel<3>,
-                                           panel<4>, panel<5>, panel<6>};
+using Tile = void(const Int8Gemm&, const uint8_t* weight, const uint8_t* mask, int64_t n,
+                  int64_t m);
+constexpr Tile* kTiles[kTokens] = {tile<1>, tile<2>, tile<3>, tile<4>};
 
 }  // namespace
 
-void bitmap_gemm_avx2(const BitmapGemm& g) {
-  Panel* const run = kPanels[g.dense.M - 1];
-  for (int64_t n = 0; n < g.dense.N; n += kPanel) {
+void bitmap_gemm_avx2(const BitmapGemm& b) {
+  const Int8Gemm& g = b.dense;
+  for (int64_t n = 0; n < g.N; n += kPanel) {
     const int64_t p = n / kPanel;
-    run(g.dense, g.dense.weight + g.start[p], g.mask + p * g.dense.K4 * 8, n);
+    for (int64_t m = 0; m < g.M; m += kTokens) {
+      const int64_t count = g.M - m < kTokens ? g.M - m : kTokens;
+      kTiles[count - 1](g, g.weight + b.start[p], b.mask + p * g.K4 * 8, n, m);
+    }
   }
 }
 

@@ -13,6 +13,8 @@ namespace {
 // Bytes ahead that masks and kept bytes are fetched: the address depends on the popcounts before it.
 constexpr int64_t kAhead = 1024;
 
+constexpr int64_t kTokens = 12;
+
 // vpdpbusd has a latency of 4 cycles: few tokens take several blocks at a time, one chain each.
 constexpr int chains(int tokens) { return tokens == 1 ? 4 : tokens <= 3 ? 2 : 1; }
 
@@ -35,17 +37,17 @@ void dot4(__m512i& sums, __m512i weight, const int8_t* x) {
 }
 
 template <int T>
-void panel(const Int8Gemm& g, const uint8_t* weight, const uint8_t* mask, int64_t n) {
+void tile(const Int8Gemm& g, const uint8_t* weight, const uint8_t* mask, int64_t n, int64_t m) {
   constexpr int kChains = chains(T);
   const int64_t group_blocks = g.K4 / g.groups;
-  const int8_t* x = g.x;
+  const int8_t* x = g.x + m * g.x_stride;
   __m512 sum[T];
   for (int t = 0; t < T; ++t) sum[t] = _mm512_setzero_ps();
   for (int64_t group = 0; group < g.groups; ++group) {
     __m512i dot[kChains][T];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int t = 0; t < T; ++t) {
-      dot[0][t] = _mm512_set1_epi32(g.x_offset[t * g.groups + group]);
+      dot[0][t] = _mm512_set1_epi32(g.x_offset[(m + t) * g.groups + group]);
 #pragma GCC unroll 4
       for (int c = 1; c < kChains; ++c) dot[c][t] = _mm512_setzero_si512();
     }
@@ -55,7 +57,7 @@ void panel(const Int8Gemm& g, const uint8_t* weight, const uint8_t* mask, int64_
 #pragma GCC unroll 4
       for (int b = 0; b < 4; ++b) {
         const __m512i w = next_block(weight, mask + 8 * b);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int t = 0; t < T; ++t) dot4(dot[b % kChains][t], w, x + t * g.x_stride + 4 * b);
       }
       mask += 32;
@@ -63,16 +65,16 @@ void panel(const Int8Gemm& g, const uint8_t* weight, const uint8_t* mask, int64_
     }
     for (; i < group_blocks; ++i) {
       const __m512i w = next_block(weight, mask);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int t = 0; t < T; ++t) dot4(dot[0][t], w, x + t * g.x_stride);
       mask += 8;
       x += 4;
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 4
       for (int c = 1; c < kChains; ++c) dot[0][t] = _mm512_add_epi32(dot[0][t], dot[c][t]);
-      const __m512 scale = _mm512_set1_ps(g.x_scale[t * g.groups + group]);
+      const __m512 scale = _mm512_set1_ps(g.x_scale[(m + t) * g.groups + group]);
       sum[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[0][t]), scale, sum[t]);
     }
   }
@@ -82,20 +84,25 @@ void panel(const Int8Gemm& g, const uint8_t* weight, const uint8_t* mask, int64_
   const __m512 bias =
       g.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(lanes, g.bias + n);
   for (int t = 0; t < T; ++t)
-    _mm512_mask_storeu_ps(g.y + t * g.y_stride + n, lanes, _mm512_fmadd_ps(sum[t], scale, bias));
+    _mm512_mask_storeu_ps(g.y + (m + t) * g.y_stride + n, lanes,
+                          _mm512_fmadd_ps(sum[t], scale, bias));
 }
 
-using Panel = void(const Int8Gemm&, const uint8_t* weight, const uint8_t* mask, int64_t n);
-constexpr Panel* kPanels[kBitmapTokens] = {panel<1>, panel<2>, panel<3>,
-                                           panel<4>, panel<5>, panel<6>};
+using Tile = void(const Int8Gemm&, const uint8_t* weight, const uint8_t* mask, int64_t n,
+                  int64_t m);
+constexpr Tile* kTiles[kTokens] = {tile<1>, tile<2>, tile<3>, tile<4>,  tile<5>,  tile<6>,
+                                   tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>};
 
 }  // namespace
 
-void bitmap_gemm_avx512vnni(const BitmapGemm& g) {
-  Panel* const run = kPanels[g.dense.M - 1];
-  for (int64_t n = 0; n < g.dense.N; n += kPanel) {
-    const int64_t p = n / kPanel;
-    run(g.dense, g.dense.weight + g.start[p], g.mask + p * g.dense.K4 * 8, n);
+void bitmap_gemm_avx512vnni(const BitmapGemm& b) {
+  const Int8Gemm& g = b.dense;
+  for (int64_t n = 0; n < g.N; n += kPanel) {
+    const int64_t p = n / kPanel, tiles = ceil_div(g.M, kTokens);
+    for (int64_t i = 0; i < tiles; ++i) {  // as even as can be: 13 tokens are 6 and 7
+      const int64_t m = i * g.M / tiles, count = (i + 1) * g.M / tiles - m;
+      kTiles[count - 1](g, g.weight + b.start[p], b.mask + p * g.K4 * 8, n, m);
+    }
   }
 }
 

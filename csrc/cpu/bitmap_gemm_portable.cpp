@@ -8,6 +8,8 @@
 namespace llmq {
 namespace {
 
+constexpr int64_t kTokens = 8;
+
 // Writes the next block to `out`; moves `weight` behind its kept bytes.
 void next_block(const uint8_t*& weight, const uint8_t* mask, uint8_t* out) {
   uint64_t bits = 0;
@@ -25,38 +27,46 @@ void add_block(const uint8_t* w, const int8_t* x, uint32_t* dot) {
   }
 }
 
-}  // namespace
-
-void bitmap_gemm_portable(const BitmapGemm& bitmap) {
-  const Int8Gemm& g = bitmap.dense;
-  const int64_t group_blocks = g.K4 / g.groups;
-  for (int64_t n = 0; n < g.N; n += kPanel) {
-    const int64_t p = n / kPanel, lanes = g.N - n < kPanel ? g.N - n : kPanel;
-    const uint8_t* weight = g.weight + bitmap.start[p];
-    const uint8_t* mask = bitmap.mask + p * g.K4 * 8;
-    float sum[kBitmapTokens][kPanel] = {};
-    for (int64_t group = 0; group < g.groups; ++group) {
-      uint32_t dot[kBitmapTokens][kPanel];
-      for (int64_t m = 0; m < g.M; ++m) {
-        for (uint32_t& d : dot[m]) d = static_cast<uint32_t>(g.x_offset[m * g.groups + group]);
-      }
-      for (int64_t i = group * group_blocks; i < (group + 1) * group_blocks; ++i) {
-        uint8_t block[kBlockBytes];
-        next_block(weight, mask + 8 * i, block);
-        for (int64_t m = 0; m < g.M; ++m) add_block(block, g.x + m * g.x_stride + 4 * i, dot[m]);
-      }
-      for (int64_t m = 0; m < g.M; ++m) {
-        const float scale = g.x_scale[m * g.groups + group];
-        for (int64_t lane = 0; lane < kPanel; ++lane) {
-          sum[m][lane] += static_cast<float>(static_cast<int32_t>(dot[m][lane])) * scale;
-        }
+// One panel for tokens m … m + tokens.
+void tile(const Int8Gemm& g, const uint8_t* weight, const uint8_t* mask, int64_t n, int64_t m,
+          int64_t tokens) {
+  const int64_t group_blocks = g.K4 / g.groups, lanes = g.N - n < kPanel ? g.N - n : kPanel;
+  float sum[kTokens][kPanel] = {};
+  for (int64_t group = 0; group < g.groups; ++group) {
+    uint32_t dot[kTokens][kPanel];
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (uint32_t& d : dot[t]) d = static_cast<uint32_t>(g.x_offset[(m + t) * g.groups + group]);
+    }
+    for (int64_t i = group * group_blocks; i < (group + 1) * group_blocks; ++i) {
+      uint8_t block[kBlockBytes];
+      next_block(weight, mask + 8 * i, block);
+      const int8_t* x = g.x + m * g.x_stride + 4 * i;
+      for (int64_t t = 0; t < tokens; ++t) add_block(block, x + t * g.x_stride, dot[t]);
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      const float scale = g.x_scale[(m + t) * g.groups + group];
+      for (int64_t lane = 0; lane < kPanel; ++lane) {
+        sum[t][lane] += static_cast<float>(static_cast<int32_t>(dot[t][lane])) * scale;
       }
     }
-    for (int64_t m = 0; m < g.M; ++m) {
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        const float bias = g.bias == nullptr ? 0.0f : g.bias[n + lane];
-        g.y[m * g.y_stride + n + lane] = sum[m][lane] * g.weight_scale[n + lane] + bias;
-      }
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const float bias = g.bias == nullptr ? 0.0f : g.bias[n + lane];
+      g.y[(m + t) * g.y_stride + n + lane] = sum[t][lane] * g.weight_scale[n + lane] + bias;
+    }
+  }
+}
+
+}  // namespace
+
+void bitmap_gemm_portable(const BitmapGemm& b) {
+  const Int8Gemm& g = b.dense;
+  for (int64_t n = 0; n < g.N; n += kPanel) {
+    const int64_t p = n / kPanel;
+    for (int64_t m = 0; m < g.M; m += kTokens) {
+      tile(g, g.weight + b.start[p], b.mask + p * g.K4 * 8, n, m,
+           g.M - m < kTokens ? g.M - m : kTokens);
     }
   }
 }

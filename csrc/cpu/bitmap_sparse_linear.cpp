@@ -24,8 +24,8 @@ constexpr int64_t kDigits = 3;
 // Inputs that share a scale when floats are split: an outlier costs few others their precision.
 constexpr int64_t kSegment = 256;
 
-// Up to so many rows, expanding the weight for each kBitmapTokens of them beats storing it expanded.
-constexpr int64_t kFewRows = kBitmapTokens;
+// Up to so many rows, expanding the weight in registers for each tile of them beats storing it.
+constexpr int64_t kFewRows = 12;
 
 // Panels that are expanded, and that one thread takes, at once: int8_gemm's tile.
 constexpr int64_t kPanels = 4;
@@ -67,34 +67,29 @@ void multiply(const Weight& w, const Activations& a, int64_t rows, int64_t group
               float* y) {
   const bool whole_blocks = a.groups == 1 || group % 4 == 0;
   over_outputs(w, rows, [&](int64_t begin, int64_t end) {
-    const auto gemm = [&](const uint8_t* weight, int64_t m, int64_t count, int64_t n,
-                          int64_t last) {
+    const auto gemm = [&](const uint8_t* weight, int64_t n, int64_t last) {
       return Int8Gemm{.weight = weight,
-                      .x = a.codes + m * a.stride,
+                      .x = a.codes,
                       .x_stride = a.stride,
-                      .x_scale = a.scale + m * a.groups,
-                      .x_offset = a.offset + m * a.groups,
+                      .x_scale = a.scale,
+                      .x_offset = a.offset,
                       .weight_scale = w.scale + n,
                       .bias = bias == nullptr ? nullptr : bias + n,
-                      .y = y + m * w.N + n,
+                      .y = y + n,
                       .y_stride = w.N,
-                      .M = count,
+                      .M = rows,
                       .N = last - n,
                       .K4 = w.blocks(),
                       .groups = a.groups};
     };
     if (whole_blocks && rows <= kFewRows) {
       const int64_t p = begin / kPanel;
-      for (int64_t m = 0; m < rows; m += kBitmapTokens) {
-        const int64_t count = std::min(kBitmapTokens, rows - m);
-        bitmap_gemm()({gemm(w.kept.weight, m, count, begin, end), w.kept.mask + p * w.blocks() * 8,
-                       w.kept.start + p});
-      }
-      return;
+      return bitmap_gemm()(
+          {gemm(w.kept.weight, begin, end), w.kept.mask + p * w.blocks() * 8, w.kept.start + p});
     }
     for (int64_t n = begin; n < end; n += kPanels * kPanel) {
       const int64_t last = std::min(end, n + kPanels * kPanel);
-      const Int8Gemm dense = gemm(expand(w, n, last), 0, rows, n, last);
+      const Int8Gemm dense = gemm(expand(w, n, last), n, last);
       if (whole_blocks) {
         int8_gemm()(dense);
       } else {
@@ -104,11 +99,9 @@ void multiply(const Weight& w, const Activations& a, int64_t rows, int64_t group
   });
 }
 
-// -- floating-point activations --------------------------------------------------------------------
-
 // Rows m … m + tokens of x as kDigits · tokens rows of codes, digit by digit: each quantizes what
 // those before it left over, and their sum is x to 24 bits of the largest input of its segment.
-Activations split(const Rows& x, int64_t m, int64_t tokens, int64_t segment) {
+Activations three_digits(const Rows& x, int64_t m, int64_t tokens, int64_t segment) {
   const int64_t K = x.K, groups = K / segment;
   const int64_t stride = round_up(K, kBlockBytes) + kBlockBytes;
   const Activations out{scratch<int8_t>(Slot::codes, kDigits * tokens * stride), stride,
@@ -166,7 +159,7 @@ void multiply_exactly(const Weight& w, const float* x, const float* bias, float*
 void multiply_floats(const Weight& w, const Rows& x, int64_t m, const Result& result) {
   const int64_t N = w.N, tokens = result.rows, power = std::gcd(w.K, kSegment);
   const int64_t segment = power >= 32 ? power : w.K;
-  const Activations a = split(x, m, tokens, segment);
+  const Activations a = three_digits(x, m, tokens, segment);
   float* const digits = scratch<float>(Slot::extra, kDigits * tokens * N);
   multiply(w, a, kDigits * tokens, segment, nullptr, digits);
   for (int64_t t = 0; t < tokens; ++t) {
@@ -180,8 +173,6 @@ void multiply_floats(const Weight& w, const Rows& x, int64_t m, const Result& re
     multiply_exactly(w, float_rows(x, m + t, 1), result.bias, result.y + t * N);
   }
 }
-
-// -- floating-point values -------------------------------------------------------------------------
 
 void multiply_rows(const Tensor& weight, Dtype dtype, const uint8_t* mask, const int64_t* offsets,
                    int64_t K, const float* x, const Result& result) {

@@ -85,11 +85,10 @@ Int8GemmFn int8_gemm_portable, int8_gemm_avx2, int8_gemm_avx512vnni;
 //     weight  kept bytes          a b c      d e          panel after panel, then 64 bytes of padding
 //                                 a 80 b c   80 d e 80    what they stand for
 struct BitmapGemm {
-  Int8Gemm dense;        // its weight: the kept bytes; its M: at most kBitmapTokens
+  Int8Gemm dense;        // its weight: the kept bytes
   const uint8_t* mask;   // [ceil(N/16), K4, 8]
   const int64_t* start;  // [ceil(N/16)] where each panel's kept bytes begin
 };
-inline constexpr int64_t kBitmapTokens = 6;  // as many as stay in registers while weights pass once
 using BitmapGemmFn = void(const BitmapGemm&);
 BitmapGemmFn bitmap_gemm_portable, bitmap_gemm_avx2, bitmap_gemm_avx512vnni;
 
