@@ -256,7 +256,7 @@ def _count_shared_once(model: nn.Module, report: ModelReport) -> None:
     for layer in report.layers:
         module = model.get_submodule(layer.name)
         parameter = module._parameters.get("weight")
-        first = seen.setdefault(id(parameter), layer.name)
+        first = seen.setdefault(id(module if parameter is None else parameter), layer.name)
         if first != layer.name:
             own = 0
             bias = module._parameters.get("bias")

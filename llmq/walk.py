@@ -108,6 +108,10 @@ def find(model: nn.Module, skip: tuple[str, ...] | None, *, embeddings: bool) ->
             found.groups.append(sorted(group, key=lambda t: not t.is_embedding))
         else:
             found.reasons.update({target.name: reason for target in group})
+    for name, _, split in found.splits:
+        inside = [f"{name}.{path}" for path, m in split.named_modules() if type(m) is nn.Linear]
+        if all(path in found.reasons for path in inside):
+            found.reasons[name] = found.reasons[inside[0]]
     return found
 
 

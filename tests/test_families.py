@@ -138,6 +138,20 @@ def test_experts_of_unknown_layout_are_named(name: str) -> None:
     assert set(reasons.values()) == {"3-D weight of an unknown layout"}
 
 
+@pytest.mark.parametrize("skip", ["experts", "experts.gate_up_proj", "*.down_proj.2"])
+def test_experts_are_skipped_by_name(skip: str) -> None:
+    model = quantize(families.make("mixtral"), scheme="w8a8", skip=(skip, "lm_head"))
+    named = [w for w in model.llmq_report.untouched if w.reason == f"skip={skip!r}"]
+    converted = [layer for layer in model.llmq_report.layers if layer.kind == "expert"]
+    whole = skip == "experts"
+    assert len(named) == {"experts": 4, "experts.gate_up_proj": 8, "*.down_proj.2": 2}[skip]
+    assert len(converted) == (0 if whole else 16 - len(named))
+    check_accounts(model)
+    storages = [p.untyped_storage().data_ptr() for p in model.parameters()]
+    assert len(storages) == len(set(storages))  # a skipped expert is no view of a dropped tensor
+    assert torch.isfinite(families.output(model, "mixtral")).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "mixtral"])
 def test_half_precision(name: str, dtype: torch.dtype) -> None:

@@ -53,7 +53,9 @@ def prune(model: nn.Module, rate: float, skipped: set[str]) -> tuple[dict[str, C
     parameters: list[tuple[nn.Module, str, nn.Parameter]] = []
     for block in blocks:
         if block.fused is not None:
-            parameters += _slice_fused(block)
+            sliced = _slice_fused(block)
+            parameters += sliced
+            changes[block.name] = _fused_change(block.fused, [p for _, _, p in sliced])
             continue
         for name, side, layer, index in _merged(block):
             rows, columns = (index, None) if side == "rows" else (None, index)
@@ -193,14 +195,27 @@ def _slice_bias(embedding: nn.Module, keep: Tensor) -> list[tuple[nn.Module, str
     return [(embedding, "weight", nn.Parameter(taken, weight.requires_grad))]
 
 
+def _fused_change(experts_module: nn.Module, after: list[nn.Parameter]) -> Change:
+    before = [p for p in experts_module._parameters.values() if p is not None]
+    size = sum(p.numel() * p.element_size() for p in before)
+    shape = list(experts_module.get_parameter("down_proj").shape)
+    return Change("experts", _lost(before, after), size, shape)
+
+
+def _lost(before: list[Any], after: list[Any]) -> float:
+    """Return ‖what is gone‖ / ‖before‖ where `after` is a part of `before`."""
+    total, left = (
+        sum(float(t.detach().double().square().sum()) for t in ts) for ts in (before, after)
+    )
+    return math.sqrt(max(0.0, 1 - left / total)) if total else 0.0
+
+
 def _change(before: nn.Module, after: nn.Module) -> Change:
     old, new = dense_weight(before), dense_weight(after)
-    total = float(old.float().square().sum())
-    error = math.sqrt(max(0.0, 1 - float(new.float().square().sum()) / total)) if total else 0.0
     size = sum(p.numel() * p.element_size() for p in before.parameters())
     if isinstance(before, (QuantLinear, SparseLinear)):
         size = before.bytes()
-    return Change(type(before).__name__, error, size, list(old.shape))
+    return Change(type(before).__name__, _lost([old], [new]), size, list(old.shape))
 
 
 # -- configurations --------------------------------------------------------------------------------
