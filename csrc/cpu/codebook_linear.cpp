@@ -1,6 +1,8 @@
 // codebook_linear: w = codebook[code] · scale[n, k / group], 8 or 4 bits, looked up on the fly.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <optional>
 
 #include "dispatch.h"
 #include "driver.h"
@@ -11,32 +13,138 @@ namespace {
 
 constexpr const char* kOp = "codebook_linear";
 
-// The codebooks in the order of the stored bytes (code ^ 0x80 for bits 8), and for a single one of
-// 8 bits the four byte planes of its floats; in Slot::extra.
+constexpr float kTop = 0x7f7f00;  // the largest entry in units, as in split_rows
+
+// The codebooks in the order of the stored bytes (code ^ 0x80 for bits 8), in Slot::extra.
 struct Codebooks {
   Codebooks(const float* source, int64_t rows, int64_t bits)
       : size(int64_t{1} << bits), shared(rows == 1) {
     const int64_t count = shared ? size : round_up(rows, kPanel) * size;
-    float* const floats = scratch<float>(Slot::extra, count + 256);
+    values = scratch<float>(Slot::extra, count + 256);
     const int64_t flip = bits == 8 ? 0x80 : 0;
-    for (int64_t i = 0; i < rows * size; ++i) floats[i] = source[i ^ flip];
-    std::fill(floats + rows * size, floats + count, 0.0f);  // of the last panel's absent outputs
-    auto* const bytes = reinterpret_cast<uint8_t*>(floats + count);
-    for (int64_t i = 0; shared && bits == 8 && i < 256; ++i) {
-      uint32_t word;
-      std::memcpy(&word, floats + i, 4);
-      for (int64_t b = 0; b < 4; ++b) bytes[b * 256 + i] = static_cast<uint8_t>(word >> (8 * b));
-    }
-    values = floats;
-    planes = bytes;
+    for (int64_t i = 0; i < rows * size; ++i) values[i] = source[i ^ flip];
+    std::fill(values + rows * size, values + count, 0.0f);  // the last panel's absent outputs
+    bytes = reinterpret_cast<uint8_t*>(values + count);
   }
   const float* of(int64_t panel) const { return values + (shared ? 0 : panel * kPanel * size); }
 
+  // The four byte planes of a single codebook of 256 floats.
+  void planes() const {
+    for (int64_t i = 0; i < 256; ++i) {
+      uint32_t word;
+      std::memcpy(&word, values + i, 4);
+      for (int64_t b = 0; b < 4; ++b) bytes[b * 256 + i] = static_cast<uint8_t>(word >> (8 * b));
+    }
+  }
+
+  // Its three digits, and what their unit is; 0 where they cannot hold it.
+  float digits() const {
+    float top = 0;
+    for (int64_t i = 0; i < 256; ++i) top = std::max(top, std::abs(values[i]));
+    if (!std::all_of(values, values + 256, [](float v) { return std::abs(v) <= 1e30f; })) return 0;
+    if (top < 1e-30f) return 0;
+    for (int64_t i = 0; i < 256; ++i) {
+      const float units = values[i] * (kTop / top);
+      const int32_t digits = static_cast<int32_t>(units + (units < 0 ? -0.5f : 0.5f)) + (1 << 23);
+      for (int64_t d = 0; d < 3; ++d) {
+        bytes[d * 256 + i] = static_cast<uint8_t>(digits >> (16 - 8 * d));
+      }
+    }
+    return top / kTop;
+  }
+
   int64_t size;
   bool shared;
-  const float* values;
-  const uint8_t* planes;
+  float* values;
+  uint8_t* bytes;
 };
+
+struct Weight {
+  const uint8_t* panels;
+  const float* scale;  // [N, groups]
+  int64_t bits, N, K, groups;
+
+  int64_t group() const { return std::max<int64_t>(K / groups, 1); }
+  int64_t block() const { return 32 / bits; }
+  const uint8_t* panel(int64_t p) const { return panels + p * ceil_div(K, block()) * kBlockBytes; }
+};
+
+// The scales of a panel turned into Slot::panel of this thread.
+const float* prepare(const Weight& w, int64_t panel) {
+  const int64_t first = panel * kPanel;
+  float* const scale = scratch<float>(Slot::panel, w.groups * kPanel);
+  panel_scales()({.scale = w.scale + first * w.groups,
+                  .zero_point = nullptr,
+                  .lanes = std::min(kPanel, w.N - first),
+                  .groups = w.groups,
+                  .bits = 0,
+                  .scale_panel = scale,
+                  .zero_panel = nullptr});
+  return scale;
+}
+
+// One token times an 8-bit codebook, both as digits. Returns false where they cannot hold either.
+bool run_digits(const Weight& w, const Codebooks& codebooks, const Rows& x, const Result& result) {
+  const int64_t segment = segment_of(w.K, w.group(), w.K, kSplitSegment);
+  if (w.groups > 1 && segment % w.block() != 0) return false;
+  const float unit = codebooks.digits();
+  if (unit == 0) return false;
+  const std::optional<Codes> digits = split_floats(x, 0, 1, segment);
+  if (!digits.has_value()) return false;
+  const CodeTiles tile = code_tiles(*digits, Tiles(1, 1), w.K, segment);
+  for_panels(ceil_div(w.N, kPanel), w.K * kPanel, [&](int64_t panel) {
+    alignas(64) float y[kPanel];
+    codebook_int8_gemv()({.weight = w.panel(panel),
+                          .digits = codebooks.bytes,
+                          .unit = unit,
+                          .scale = prepare(w, panel),
+                          .K = w.K,
+                          .segment = segment,
+                          .segments_per_group = w.groups == 1 ? tile.segments : w.group() / segment,
+                          .x = tile.x,
+                          .x_scale = tile.scale,
+                          .x_sum = tile.sum,
+                          .y = y});
+    result.put(y, 1, 0, 1, panel);
+  });
+  return true;
+}
+
+void run_float(const Weight& w, const Codebooks& codebooks, const Rows& x, int64_t m,
+               const Result& result) {
+  const bool blocks = codebooks.shared && (w.groups == 1 || w.group() % w.block() == 0);
+  CodebookPanelFn* const gemv = blocks ? codebook_gemv() : codebook_gemv_portable;
+  CodebookPanelFn* const dequantize = blocks ? codebook_dequantize() : codebook_dequantize_portable;
+  if (blocks && w.bits == 8) codebooks.planes();
+  const auto ready = [&](int64_t panel) {
+    return CodebookPanel{.weight = w.panel(panel),
+                         .bits = static_cast<int>(w.bits),
+                         .codebook = codebooks.of(panel),
+                         .codebook_stride = codebooks.shared ? 0 : codebooks.size,
+                         .planes = codebooks.bytes,
+                         .scale = prepare(w, panel),
+                         .K = w.K,
+                         .group = w.group(),
+                         .k = 0,
+                         .count = w.K,
+                         .dense = nullptr,
+                         .x = nullptr,
+                         .y = nullptr};
+  };
+  float_panels(
+      x, m, result, true, panel_gemm(), ready,
+      [&](CodebookPanel p, const float* inputs, float* y) {
+        p.x = inputs;
+        p.y = y;
+        gemv(p);
+      },
+      [&](CodebookPanel p, int64_t k, int64_t count, float* dense) {
+        p.k = k;
+        p.count = count;
+        p.dense = dense;
+        dequantize(p);
+      });
+}
 
 }  // namespace
 
@@ -60,50 +168,13 @@ Tensor codebook_linear(const Tensor& x, const Tensor& weight, const Tensor& weig
   announce(kOp, M, N, K);
 
   const Codebooks codebooks(table, weight_codebook.size(0), bits);
-  const int64_t group = std::max<int64_t>(K / groups, 1), block = 32 / bits;
-  const bool blocks = codebooks.shared && (groups == 1 || group % block == 0);
-  CodebookPanelFn* const gemv = blocks ? codebook_gemv() : codebook_gemv_portable;
-  CodebookPanelFn* const dequantize = blocks ? codebook_dequantize() : codebook_dequantize_portable;
-
-  const auto prepare = [&](int64_t panel) {
-    const int64_t first = panel * kPanel;
-    float* const scale = scratch<float>(Slot::panel, groups * kPanel);
-    panel_scales()({.scale = scales + first * groups,
-                    .zero_point = nullptr,
-                    .lanes = std::min(kPanel, N - first),
-                    .groups = groups,
-                    .bits = 0,
-                    .scale_panel = scale,
-                    .zero_panel = nullptr});
-    return CodebookPanel{.weight = weights + panel * ceil_div(K, block) * kBlockBytes,
-                         .bits = static_cast<int>(bits),
-                         .codebook = codebooks.of(panel),
-                         .codebook_stride = codebooks.shared ? 0 : codebooks.size,
-                         .planes = codebooks.planes,
-                         .scale = scale,
-                         .K = K,
-                         .group = group,
-                         .k = 0,
-                         .count = K,
-                         .dense = nullptr,
-                         .x = nullptr,
-                         .y = nullptr};
-  };
+  const Weight w{weights, scales, bits, N, K, groups};
+  const bool digits = M == 1 && bits == 8 && codebooks.shared && codebook_int8_gemv() != nullptr;
   for (int64_t m = 0; m < M; m += kPassRows) {
     const Result result(y, rows, m, std::min(kPassRows, M - m), N, biases);
-    float_panels(
-        rows, m, result, true, panel_gemm(), prepare,
-        [&](CodebookPanel p, const float* inputs, float* out) {
-          p.x = inputs;
-          p.y = out;
-          gemv(p);
-        },
-        [&](CodebookPanel p, int64_t k, int64_t count, float* dense) {
-          p.k = k;
-          p.count = count;
-          p.dense = dense;
-          dequantize(p);
-        });
+    if (!digits || K == 0 || !run_digits(w, codebooks, rows, result)) {
+      run_float(w, codebooks, rows, m, result);
+    }
     result.store();
   }
   return y;

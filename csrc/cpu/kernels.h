@@ -120,20 +120,22 @@ struct PanelScales {
   int32_t* zero_panel;  // [groups, 16] as stored: + 128 for bits 8; null if bits is 0
 };
 using PanelScalesFn = void(const PanelScales&);
-PanelScalesFn panel_scales_portable, panel_scales_avx512vnni;
+PanelScalesFn panel_scales_portable, panel_scales_avx2, panel_scales_avx512vnni;
 
-// Splits float32 rows into three int8 digits an input: x ≈ scale · (65536·a + 256·b + c), where
-// scale = max|x| / 0x7f7f00 a segment. Returns false if a row is beyond what they can hold: NaN,
-// infinity, or a segment whose max|x| is over 1e30 or under 1e-30 without being zero.
+// Splits float32 rows into three int8 digits an input: x ≈ scale · (B²·a + B·b + c), where max|x| of
+// a segment is close to 127 · (B² + B + 1). B = 256, or 255 for AVX2, whose products take no −128.
+// Returns false if a row is beyond what they can hold: NaN, infinity, or a segment whose max|x| is
+// over 1e30 or under 1e-30 without being zero.
 struct SplitRows {
   const float* x;  // [rows, x_stride]
   int64_t x_stride, rows, K, segment;
   int8_t* digits;  // [rows, 3, digits_stride]; columns K … digits_columns are set to 0
   int64_t digits_stride, digits_columns;
-  float* scale;  // [rows, 3, segments], 65536, 256 and 1 times the scale
+  float* scale;     // [rows, 3, segments], B², B and 1 times the scale
+  int32_t* offset;  // [rows, 3, segments] −128 · Σ digits
 };
 using SplitRowsFn = bool(const SplitRows&);
-SplitRowsFn split_rows_avx512vnni;
+SplitRowsFn split_rows_avx2, split_rows_avx512vnni;
 
 // y = Σ_segments weight scale · x scale · Σ_k (w − zero) · x, the inner sum exact in int32.
 struct WeightOnlyInt8Gemm {
@@ -170,7 +172,7 @@ struct WeightOnlyPanel {
 using WeightOnlyPanelFn = void(const WeightOnlyPanel&);
 WeightOnlyPanelFn weight_only_dequantize_portable, weight_only_dequantize_avx2,
     weight_only_dequantize_avx512vnni;
-WeightOnlyPanelFn weight_only_gemv_portable, weight_only_gemv_avx2;
+WeightOnlyPanelFn weight_only_gemv_portable;  // others split the row instead
 
 // The same for w = codebook[code] · scale.
 struct CodebookPanel {
@@ -190,6 +192,22 @@ using CodebookPanelFn = void(const CodebookPanel&);
 CodebookPanelFn codebook_dequantize_portable, codebook_dequantize_avx2,
     codebook_dequantize_avx512vnni;
 CodebookPanelFn codebook_gemv_portable, codebook_gemv_avx2, codebook_gemv_avx512vnni;
+
+// One token times a panel of an 8-bit codebook whose entries are split as split_rows splits inputs:
+// entry = unit · (65536·a + 256·b + c − 2^23) with digits a, b, c of 0 … 255.
+struct CodebookInt8Gemv {
+  const uint8_t* weight;
+  const uint8_t* digits;  // [3, 256] a, b and c by stored byte
+  float unit;
+  const float* scale;  // [groups, 16]
+  int64_t K, segment, segments_per_group;
+  const int8_t* x;       // digits of the tile: [K4, 3, 4]
+  const float* x_scale;  // [segments, 3]
+  const int32_t* x_sum;  // [segments, 3] −Σ digits
+  float* y;              // [16]
+};
+using CodebookInt8GemvFn = void(const CodebookInt8Gemv&);
+CodebookInt8GemvFn codebook_int8_gemv_avx512vnni;
 
 // y += x Wᵀ of one dequantized panel.
 struct PanelGemm {

@@ -1,5 +1,10 @@
 #include "tiles.h"
 
+#include <cstring>
+#include <numeric>
+
+#include "dispatch.h"
+
 namespace llmq {
 
 Result::Result(const Tensor& out, const Rows& x, int64_t m, int64_t rows, int64_t N,
@@ -48,6 +53,57 @@ const float* float_tiles(const Rows& x, int64_t m, const Tiles& tiles) {
     }
   });
   return target;
+}
+
+CodeTiles code_tiles(const Codes& c, const Tiles& tiles, int64_t K, int64_t segment) {
+  const int64_t width = round_up(K, 8), segments = ceil_div(K, segment);
+  const int64_t rows = c.tokens * c.digits;
+  const CodeTiles out{scratch<int8_t>(Slot::tile_x, rows * width),
+                      scratch<float>(Slot::tile_scale, rows * segments),
+                      scratch<int32_t>(Slot::tile_sum, rows * segments), width, segments};
+  // −Σ codes of one row's segment, from the quantizer where it has summed just these.
+  const auto sum_of = [&](int64_t row, int64_t s) {
+    if (c.groups == segments) return c.offset[row * segments + s] / 128;
+    const int8_t* const codes = c.codes + row * c.stride;
+    int32_t sum = 0;
+    for (int64_t k = s * segment; k < std::min(K, (s + 1) * segment); ++k) sum -= codes[k];
+    return sum;
+  };
+  parallel_rows(tiles.count, K * kTile, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t first = tiles.begin(t) * c.digits, size = tiles.size(t) * c.digits;
+      for (int64_t r = 0; r < size; ++r) {
+        const int8_t* const codes = c.codes + (first + r) * c.stride;
+        int8_t* const x = out.x + first * width + r * 4;
+        for (int64_t k = 0; k < width; k += 4) std::memcpy(x + k * size, codes + k, 4);
+        for (int64_t s = 0; s < segments; ++s) {
+          const int64_t at = first * segments + s * size + r;
+          out.sum[at] = sum_of(first + r, s);
+          out.scale[at] = c.scale[(first + r) * c.groups + s * segment / c.group];
+        }
+      }
+    }
+  });
+  return out;
+}
+
+std::optional<Codes> split_floats(const Rows& x, int64_t m, int64_t rows, int64_t segment) {
+  if (split_rows() == nullptr) return std::nullopt;
+  const int64_t K = x.K, segments = ceil_div(K, segment), stride = round_up(K, 8);
+  auto* const digits = scratch<int8_t>(Slot::codes, rows * 3 * stride);
+  auto* const scale = scratch<float>(Slot::code_scale, rows * 3 * segments);
+  auto* const offset = scratch<int32_t>(Slot::code_offset, rows * 3 * segments);
+  if (!split_rows()(
+          {float_rows(x, m, rows), K, rows, K, segment, digits, stride, stride, scale, offset})) {
+    return std::nullopt;
+  }
+  return Codes{digits, stride, scale, offset, segments, segment, rows, 3};
+}
+
+int64_t segment_of(int64_t K, int64_t weight_group, int64_t x_group, int64_t limit) {
+  const int64_t segment = std::gcd(weight_group, x_group);
+  if (segment <= limit) return segment;
+  return segment == K ? limit : std::gcd(segment, limit);
 }
 
 }  // namespace llmq

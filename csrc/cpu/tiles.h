@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 
 #include "driver.h"
 
@@ -48,6 +49,37 @@ void for_panels(int64_t panels, int64_t products, const Body& body) {
 // Tokens a pass: bounds the scratch and keeps x in the second-level cache; a whole number of tiles.
 inline constexpr int64_t kPassRows = 20 * kTile;
 
+// -- integers --------------------------------------------------------------------------------------
+// int8 rows of x, `digits` a token, before they are cut into tiles.
+struct Codes {
+  const int8_t* codes;  // [tokens · digits, stride], zero up to whole blocks
+  int64_t stride;
+  const float* scale;     // [tokens · digits, groups]
+  const int32_t* offset;  // [tokens · digits, groups] −128 · Σ codes
+  int64_t groups, group;
+  int64_t tokens, digits;
+};
+
+struct CodeTiles {
+  int8_t* x;     // tile t at begin(t) · digits · width, begin in tokens
+  float* scale;  // tile t at begin(t) · digits · segments
+  int32_t* sum;  // likewise
+  int64_t width, segments;
+};
+
+CodeTiles code_tiles(const Codes& codes, const Tiles& tiles, int64_t K, int64_t segment);
+
+// Inputs that share a scale when floats are split: short enough that an outlier costs few others.
+inline constexpr int64_t kSplitSegment = 256;
+
+// Floats of rows m … m + rows as three int8 digits, a scale a segment; nothing where those cannot
+// hold them, or this instruction set has no split_rows.
+std::optional<Codes> split_floats(const Rows& x, int64_t m, int64_t rows, int64_t segment);
+
+// The longest segment within both kinds of group and `limit`, a power of two.
+int64_t segment_of(int64_t K, int64_t weight_group, int64_t x_group, int64_t limit);
+
+// -- floats ----------------------------------------------------------------------------------------
 // x's rows m … m + rows as float tiles in Slot::tile_x: tile t at begin(t) · round_up(K, 8).
 const float* float_tiles(const Rows& x, int64_t m, const Tiles& tiles);
 

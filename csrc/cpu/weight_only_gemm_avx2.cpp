@@ -3,9 +3,9 @@
 // int8 activations: tile of 1 panel × 4 rows; u8 × s8 products in pairs (vpmaddubsw), then in fours
 // (vpmaddwd). Nibbles are operands as they are. Bytes go in as |w| · sign(x, w), which cannot
 // saturate: 128 · 127 · 2 < 2^15.
-// Float activations, one row: each word of a block gives 4 or 8 inputs of 8 outputs by shift, mask,
-// exact integer − zero, conversion and FMA: 5 instructions for 8 weights. More rows share
-// dequantized weights (panel_gemm, 6 rows × 16 outputs in 12 accumulators).
+// Float activations of one token come as three int8 digits (split_rows): 14 instructions for 32
+// bytes, 18 for 64 nibbles, where floats need a shift, mask, subtraction, conversion and FMA for 8.
+// More tokens share dequantized weights (panel_gemm, 6 rows × 16 outputs in 12 accumulators).
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -17,6 +17,8 @@ constexpr int64_t kHalf = 8;      // outputs a register; a block of a panel is t
 constexpr int64_t kAhead = 1024;  // bytes between the block in use and the one to fetch
 
 __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 
 __m256i broadcast4(const int8_t* x) {
   return _mm256_set1_epi32(*reinterpret_cast<const int32_t*>(x));
@@ -105,39 +107,6 @@ __m256 decode(__m256i block, __m256i zero, int j) {
 }
 
 template <int kBits>
-void gemv(const WeightOnlyPanel& p) {
-  constexpr int kInputs = 32 / kBits;
-  __m256 y[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-  const uint8_t* weight = p.weight;
-  for (int64_t k = 0, g = 0; k < p.K; k += p.group, g += kPanel) {
-    const __m256i zero[2] = {load(p.zero + g), load(p.zero + g + kHalf)};
-    // Four chains a half hide the FMA's latency of 4 cycles.
-    __m256 sum[2][4];
-    for (auto& half : sum) {
-      for (auto& chain : half) chain = _mm256_setzero_ps();
-    }
-    for (int64_t i = k; i < k + p.group; i += kInputs, weight += kBlockBytes) {
-      const __m256i block[2] = {load(weight), load(weight + 32)};
-      _mm_prefetch(reinterpret_cast<const char*>(weight + kAhead), _MM_HINT_T0);
-      for (int j = 0; j < kInputs; ++j) {
-        const __m256 input = _mm256_set1_ps(p.x[i + j]);
-        for (int h = 0; h < 2; ++h) {
-          __m256& chain = sum[h][j % 4];
-          chain = _mm256_fmadd_ps(decode<kBits>(block[h], zero[h], j), input, chain);
-        }
-      }
-    }
-    for (int h = 0; h < 2; ++h) {
-      const __m256 total =
-          _mm256_add_ps(_mm256_add_ps(sum[h][0], sum[h][1]), _mm256_add_ps(sum[h][2], sum[h][3]));
-      y[h] = _mm256_fmadd_ps(total, _mm256_loadu_ps(p.scale + g + h * kHalf), y[h]);
-    }
-  }
-  _mm256_storeu_ps(p.y, y[0]);
-  _mm256_storeu_ps(p.y + kHalf, y[1]);
-}
-
-template <int kBits>
 void dequantize(const WeightOnlyPanel& p) {
   constexpr int kInputs = 32 / kBits;
   float* dense = p.dense;
@@ -179,13 +148,69 @@ void panel_gemm(const PanelGemm& g, int64_t row) {
   }
 }
 
+// Digits are in base 255, −127 … 127: vpsignb cannot negate −128, nor vpmaddubsw add two 128 · 128.
+constexpr int32_t kBase = 255;
+// What max|x| becomes: 127 below the largest sum of three digits, so that rounding cannot pass it.
+constexpr float kTop = 127 * (kBase * kBase + kBase + 1) - 127;
+
+// The nearest whole number of bases; a quotient near ½ may go the wrong way.
+__m256i divide_base(__m256i v) {
+  return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_cvtepi32_ps(v), _mm256_set1_ps(1.0f / kBase)));
+}
+
+// Lanes below `count`, for masked loads.
+__m256i first(int64_t count) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count < 8 ? count : 8)), lanes);
+}
+
+// The sum and the largest of 8 int32.
+int32_t sum_of(__m256i v) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
+int32_t largest_of(__m256i v) {
+  __m128i s = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  s = _mm_max_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
+// The low bytes of 8 int32.
+int64_t low_bytes(__m256i v) {
+  const __m256i pick = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+  const __m256i quads = _mm256_shuffle_epi8(v, pick);
+  return _mm_cvtsi128_si64(
+      _mm_unpacklo_epi32(_mm256_castsi256_si128(quads), _mm256_extracti128_si256(quads, 1)));
+}
+
+// 8 registers of 8 words become 8 of the columns.
+void transpose(__m256i (&rows)[8]) {
+  __m256i t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    rows[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+    rows[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    rows[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+    rows[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2x128_si256(rows[i], rows[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2x128_si256(rows[i], rows[i + 4], 0x31);
+  }
+  for (int i = 0; i < 8; ++i) rows[i] = t[i];
+}
+
 }  // namespace
 
 void weight_only_int8_gemm_avx2(const WeightOnlyInt8Gemm& g) {
   g.bits == 8 ? int8_gemm_rows<8>(g) : int8_gemm_rows<4>(g);
 }
-
-void weight_only_gemv_avx2(const WeightOnlyPanel& p) { p.bits == 8 ? gemv<8>(p) : gemv<4>(p); }
 
 void weight_only_dequantize_avx2(const WeightOnlyPanel& p) {
   p.bits == 8 ? dequantize<8>(p) : dequantize<4>(p);
@@ -198,6 +223,92 @@ void panel_gemm_avx2(const PanelGemm& g) {
   for (int64_t row = 0; row < g.rows; row += 6) {
     kRows[(g.rows - row < 6 ? g.rows - row : 6) - 1](g, row);
   }
+}
+
+void panel_scales_avx2(const PanelScales& p) {
+  const int64_t whole = p.lanes == kPanel ? p.groups / 8 * 8 : 0;
+  const int32_t stored_zero = p.bits == 8 ? 128 : p.zero_point == nullptr ? 8 : 0;
+  const __m256i offset = _mm256_set1_epi32(stored_zero);
+  __m256i rows[8];
+  for (int64_t g = 0; g < whole; g += 8) {
+    for (int64_t half = 0; half < kPanel; half += kHalf) {
+      const int64_t at = half * p.groups + g;
+      for (int64_t n = 0; n < 8; ++n) rows[n] = load(p.scale + at + n * p.groups);
+      transpose(rows);
+      for (int64_t i = 0; i < 8; ++i) {
+        store(p.scale_panel + (g + i) * kPanel + half, rows[i]);
+      }
+      if (p.bits == 0) continue;
+      for (int64_t n = 0; n < 8; ++n) {
+        rows[n] = p.zero_point == nullptr
+                      ? _mm256_setzero_si256()
+                      : _mm256_cvtepi8_epi32(_mm_loadl_epi64(
+                            reinterpret_cast<const __m128i*>(p.zero_point + at + n * p.groups)));
+      }
+      if (p.zero_point != nullptr) transpose(rows);
+      for (int64_t i = 0; i < 8; ++i) {
+        store(p.zero_panel + (g + i) * kPanel + half, _mm256_add_epi32(rows[i], offset));
+      }
+    }
+  }
+  for (int64_t n = 0; n < kPanel; ++n) {
+    for (int64_t g = whole; g < p.groups; ++g) {
+      const int64_t i = n * p.groups + g;
+      const bool present = n < p.lanes;
+      p.scale_panel[g * kPanel + n] = present ? p.scale[i] : 0;
+      if (p.bits == 0) continue;
+      p.zero_panel[g * kPanel + n] =
+          stored_zero + (present && p.zero_point != nullptr ? p.zero_point[i] : 0);
+    }
+  }
+}
+
+bool split_rows_avx2(const SplitRows& s) {
+  const int64_t segments = ceil_div(s.K, s.segment);
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  const __m256i base = _mm256_set1_epi32(kBase), most = _mm256_set1_epi32(127);
+  for (int64_t m = 0; m < s.rows; ++m) {
+    int8_t* const digits = s.digits + m * 3 * s.digits_stride;
+    float* const scale = s.scale + m * 3 * segments;
+    for (int64_t i = 0, k = 0; k < s.K; ++i, k += s.segment) {
+      const int64_t inputs = s.K - k < s.segment ? s.K - k : s.segment;
+      const float* const x = s.x + m * s.x_stride + k;
+      // As integers the magnitudes of floats order alike, with infinity and NaN on top.
+      __m256i top = _mm256_setzero_si256();
+      for (int64_t j = 0; j < inputs; j += 8) {
+        const __m256 values = _mm256_maskload_ps(x + j, first(inputs - j));
+        top = _mm256_max_epi32(top, _mm256_and_si256(_mm256_castps_si256(values), magnitude));
+      }
+      const float amax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(largest_of(top))));
+      if (!(amax <= 1e30f && (amax >= 1e-30f || amax == 0))) return false;
+      const __m256 inverse = _mm256_set1_ps(amax == 0 ? 0 : kTop / amax);
+      __m256i sum[3] = {};
+      for (int64_t j = 0; j < inputs; j += 8) {
+        const int64_t count = inputs - j < 8 ? inputs - j : 8;
+        const __m256 values = _mm256_maskload_ps(x + j, first(count));
+        __m256i rest = _mm256_cvtps_epi32(_mm256_mul_ps(values, inverse));
+        for (int d = 2; d >= 0; --d) {
+          const __m256i higher = d == 0 ? _mm256_setzero_si256() : divide_base(rest);
+          __m256i digit = _mm256_sub_epi32(rest, _mm256_mullo_epi32(higher, base));
+          digit = _mm256_max_epi32(_mm256_min_epi32(digit, most),
+                                   _mm256_sub_epi32(_mm256_setzero_si256(), most));
+          sum[d] = _mm256_add_epi32(sum[d], digit);
+          const int64_t bytes = low_bytes(digit);
+          __builtin_memcpy(digits + d * s.digits_stride + k + j, &bytes, count);
+          rest = higher;
+        }
+      }
+      float unit = amax / kTop;
+      for (int d = 2; d >= 0; --d, unit *= kBase) {
+        scale[d * segments + i] = unit;
+        s.offset[(m * 3 + d) * segments + i] = -128 * sum_of(sum[d]);
+      }
+    }
+    for (int d = 0; d < 3; ++d) {
+      for (int64_t k = s.K; k < s.digits_columns; ++k) digits[d * s.digits_stride + k] = 0;
+    }
+  }
+  return true;
 }
 
 }  // namespace llmq

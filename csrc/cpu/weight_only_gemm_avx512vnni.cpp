@@ -218,16 +218,24 @@ bool split_rows_avx512vnni(const SplitRows& s) {
       const float amax = _mm512_cvtss_f32(largest);
       if (!(amax <= 1e30f && (amax >= 1e-30f || amax == 0))) return false;
       const float inverse = amax == 0 ? 0 : kTop / amax;
+      __m512i sum[3] = {};  // of the inputs after 0, 1 and 2 digits are taken off
       for (int64_t j = 0; j < inputs; j += 16) {
         const __mmask16 mask = first(inputs - j);
         const __m512 values = _mm512_maskz_loadu_ps(mask, x + j);
         __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(values, _mm512_set1_ps(inverse)));
         int8_t* const target = digits + k + j;
-        _mm512_mask_cvtepi32_storeu_epi8(target + 2 * s.digits_stride, mask, code);
-        code = _mm512_srai_epi32(_mm512_add_epi32(code, half), 8);
-        _mm512_mask_cvtepi32_storeu_epi8(target + s.digits_stride, mask, code);
-        code = _mm512_srai_epi32(_mm512_add_epi32(code, half), 8);
-        _mm512_mask_cvtepi32_storeu_epi8(target, mask, code);
+        for (int d = 2;; --d) {
+          sum[d] = _mm512_add_epi32(sum[d], code);
+          _mm_mask_storeu_epi8(target + d * s.digits_stride, mask, _mm512_cvtepi32_epi8(code));
+          if (d == 0) break;
+          code = _mm512_srai_epi32(_mm512_add_epi32(code, half), 8);
+        }
+      }
+      uint32_t total = 0;  // modulo 2^32, which the sums of digits fit
+      for (int d = 0; d < 3; ++d) {
+        const auto rest = static_cast<uint32_t>(_mm512_reduce_add_epi32(sum[d]));
+        s.offset[(m * 3 + d) * segments + i] = -128 * static_cast<int32_t>(rest - 256 * total);
+        total = rest;
       }
       const float unit = amax / kTop;
       scale[i] = 65536.0f * unit;

@@ -27,6 +27,9 @@ void store(float* p, Floats vector) { std::memcpy(p, &vector, sizeof(vector)); }
 
 constexpr int shift_of(int64_t j) { return static_cast<int>(8 * (j % 4) + 4 * (j / 4)); }
 
+// GCC leaves bodies that are called twice out of line, and their sums in memory.
+#define LLMQ_INLINE __attribute__((always_inline))
+
 // Calls body(k, block, shift) for inputs begin … end; whole blocks with shifts known when compiled.
 template <int kBits, class Body>
 void for_inputs(const uint8_t* weight, int64_t begin, int64_t end, const Body& body) {
@@ -63,13 +66,15 @@ void int8_gemm(const WeightOnlyInt8Gemm& g, int64_t row) {
     for (int64_t part = begin; part < end; part += kExactInputs) {
       const int64_t stop = end - part < kExactInputs ? end : part + kExactInputs;
       Floats sum[kRows][kVectors] = {};
-      for_inputs<kBits>(g.weight, part, stop, [&](int64_t k, const uint8_t* block, int shift) {
-        const int8_t* const x = g.x + (k / 4 * g.rows + row) * 4 + k % 4;
-        for (int v = 0; v < kVectors; ++v) {
-          const Floats value = decode<kBits>(block, g.zero + group, shift, v);
-          for (int r = 0; r < kRows; ++r) sum[r][v] += value * static_cast<float>(x[r * 4]);
-        }
-      });
+      for_inputs<kBits>(g.weight, part, stop,
+                        [&](int64_t k, const uint8_t* block, int shift) LLMQ_INLINE {
+                          const int8_t* const x = g.x + (k / 4 * g.rows + row) * 4 + k % 4;
+                          for (int v = 0; v < kVectors; ++v) {
+                            const Floats value = decode<kBits>(block, g.zero + group, shift, v);
+                            for (int r = 0; r < kRows; ++r)
+                              sum[r][v] += value * static_cast<float>(x[r * 4]);
+                          }
+                        });
       for (int r = 0; r < kRows; ++r) {
         for (int v = 0; v < kVectors; ++v) dot[r][v] += __builtin_convertvector(sum[r][v], Ints);
       }
@@ -96,7 +101,7 @@ void gemv(const WeightOnlyPanel& p) {
   Floats y[kVectors] = {};
   for (int64_t begin = 0, g = 0; begin < p.K; begin += p.group, g += kPanel) {
     Floats sum[kVectors] = {};
-    const auto add = [&](int64_t k, const uint8_t* block, int shift) {
+    const auto add = [&](int64_t k, const uint8_t* block, int shift) LLMQ_INLINE {
       for (int v = 0; v < kVectors; ++v) {
         sum[v] += decode<kBits>(block, p.zero + g, shift, v) * p.x[k];
       }
@@ -109,13 +114,14 @@ void gemv(const WeightOnlyPanel& p) {
 
 template <int kBits>
 void dequantize(const WeightOnlyPanel& p) {
-  for_inputs<kBits>(p.weight, p.k, p.k + p.count, [&](int64_t k, const uint8_t* block, int shift) {
-    const int64_t g = k / p.group * kPanel;
-    for (int v = 0; v < kVectors; ++v) {
-      const Floats value = decode<kBits>(block, p.zero + g, shift, v);
-      store(p.dense + (k - p.k) * kPanel + 4 * v, value * load<Floats>(p.scale + g + 4 * v));
-    }
-  });
+  for_inputs<kBits>(
+      p.weight, p.k, p.k + p.count, [&](int64_t k, const uint8_t* block, int shift) LLMQ_INLINE {
+        const int64_t g = k / p.group * kPanel;
+        for (int v = 0; v < kVectors; ++v) {
+          const Floats value = decode<kBits>(block, p.zero + g, shift, v);
+          store(p.dense + (k - p.k) * kPanel + 4 * v, value * load<Floats>(p.scale + g + 4 * v));
+        }
+      });
 }
 
 template <int kRows>

@@ -1,8 +1,7 @@
 // weight_only_linear: w = (q − zero_point) · scale[n, k / group], 8 or 4 bits; x as floats, or
 // quantized to int8. Where the instruction set can, floats too are multiplied as int8 digits.
 #include <algorithm>
-#include <cstring>
-#include <numeric>
+#include <optional>
 
 #include "dispatch.h"
 #include "driver.h"
@@ -15,9 +14,6 @@ constexpr const char* kOp = "weight_only_linear";
 
 // 255 · 127 · 2^14 < 2^29: the int32 dot of a segment of that many inputs cannot overflow.
 constexpr int64_t kLongestSegment = 1 << 14;
-
-// Inputs that share a scale when floats are split: short enough that an outlier costs few others.
-constexpr int64_t kSplitSegment = 256;
 
 struct Weight {
   const uint8_t* panels;
@@ -51,59 +47,9 @@ Panel prepare(const Weight& w, int64_t panel) {
   return {w.panels + panel * w.panel_bytes(), scale, zero};
 }
 
-// The longest segment within both kinds of group and `limit`, a power of two.
-int64_t segment_of(int64_t K, int64_t weight_group, int64_t x_group, int64_t limit) {
-  const int64_t segment = std::gcd(weight_group, x_group);
-  if (segment <= limit) return segment;
-  return segment == K ? limit : std::gcd(segment, limit);
-}
-
-// int8 rows of x, `digits` a token, before they are cut into tiles.
-struct Codes {
-  const int8_t* codes;  // [tokens · digits, stride], zero up to whole blocks
-  int64_t stride;
-  const float* scale;  // [tokens · digits, groups]
-  int64_t groups, group;
-  int64_t tokens, digits;
-};
-
-struct CodeTiles {
-  int8_t* x;     // tile t at begin(t) · digits · width
-  float* scale;  // tile t at begin(t) · digits · segments
-  int32_t* sum;  // likewise
-  int64_t width, segments;
-};
-
-CodeTiles cut(const Codes& c, const Tiles& tiles, int64_t K, int64_t segment) {
-  const int64_t width = round_up(K, 8), segments = ceil_div(K, segment);
-  const int64_t rows = c.tokens * c.digits;
-  const CodeTiles out{scratch<int8_t>(Slot::tile_x, rows * width),
-                      scratch<float>(Slot::tile_scale, rows * segments),
-                      scratch<int32_t>(Slot::tile_sum, rows * segments), width, segments};
-  parallel_rows(tiles.count, K * kTile, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t row = tiles.begin(t) * c.digits, size = tiles.size(t) * c.digits;
-      for (int64_t r = 0; r < size; ++r) {
-        const int8_t* const codes = c.codes + (row + r) * c.stride;
-        int8_t* const x = out.x + row * width + r * 4;
-        for (int64_t k = 0; k < width; k += 4) std::memcpy(x + k * size, codes + k, 4);
-        for (int64_t s = 0; s < segments; ++s) {
-          const int64_t first = s * segment, last = std::min(K, first + segment);
-          int32_t sum = 0;
-          for (int64_t k = first; k < last; ++k) sum -= codes[k];
-          out.sum[row * segments + s * size + r] = sum;
-          out.scale[row * segments + s * size + r] =
-              c.scale[(row + r) * c.groups + first / c.group];
-        }
-      }
-    }
-  });
-  return out;
-}
-
 void run_codes(const Weight& w, const Codes& c, int64_t segment, const Result& result) {
   const Tiles tiles(c.tokens, kTile / c.digits);
-  const CodeTiles x = cut(c, tiles, w.K, segment);
+  const CodeTiles x = code_tiles(c, tiles, w.K, segment);
   const bool blocks = x.segments == 1 || segment % w.block() == 0;
   WeightOnlyInt8GemmFn* const kernel =
       blocks ? weight_only_int8_gemm() : weight_only_int8_gemm_portable;
@@ -138,15 +84,9 @@ void run_codes(const Weight& w, const Codes& c, int64_t segment, const Result& r
 bool run_split(const Weight& w, const Rows& x, int64_t m, const Result& result) {
   const int64_t segment = segment_of(w.K, w.group(), w.K, kSplitSegment);
   if (w.groups > 1 && segment % w.block() != 0) return false;
-  const int64_t segments = ceil_div(w.K, segment), stride = round_up(w.K, 8);
-  const float* const rows = float_rows(x, m, result.rows);
-  auto* const digits = scratch<int8_t>(Slot::codes, result.rows * 3 * stride);
-  auto* const scale = scratch<float>(Slot::code_scale, result.rows * 3 * segments);
-  if (!split_rows()({rows, w.K, result.rows, w.K, segment, digits, stride, stride, scale})) {
-    return false;
-  }
-  run_codes(w, {digits, stride, scale, segments, segment, result.rows, 3}, segment, result);
-  return true;
+  const std::optional<Codes> digits = split_floats(x, m, result.rows, segment);
+  if (digits.has_value()) run_codes(w, *digits, segment, result);
+  return digits.has_value();
 }
 
 void run_float(const Weight& w, const Rows& x, int64_t m, const Result& result) {
@@ -214,7 +154,7 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& weight, const Tensor& w
   if (M == 0 || N == 0) return y;
   announce(kOp, M, N, K);
 
-  const bool codes = activation_group_size.has_value(), split = split_rows() != nullptr;
+  const bool codes = activation_group_size.has_value(), split = M <= split_tokens();
   const int64_t pass = !codes && split ? kPassRows / 3 : kPassRows;
   for (int64_t m = 0; m < M; m += pass) {
     const Result result(y, rows, m, std::min(pass, M - m), N, biases);
@@ -226,7 +166,7 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& weight, const Tensor& w
     } else if (codes) {
       const Activations a = quantize(rows, m, result.rows, x_group);
       const int64_t group = x_group == 0 ? K : x_group;
-      run_codes(w, {a.codes, a.stride, a.scale, a.groups, group, result.rows, 1},
+      run_codes(w, {a.codes, a.stride, a.scale, a.offset, a.groups, group, result.rows, 1},
                 segment_of(K, w.group(), group, kLongestSegment), result);
     } else if (!split || !run_split(w, rows, m, result)) {
       run_float(w, rows, m, result);
