@@ -1,9 +1,9 @@
 """llmq: makes Transformers smaller and faster without losing what they know.
 
-    import llmq
-    model = llmq.quantize(model, bits=8)
-    model = llmq.prune(model, pruning_rate=0.5)
-    llmq.fine_tune(model, train_data, epochs=10)
+>>> import llmq
+>>> model = llmq.quantize(model, bits=8)
+>>> model = llmq.prune(model, pruning_rate=0.5)
+>>> llmq.fine_tune(model, train_data, epochs=10)
 """
 
 from llmq.checkpoint import load, save
