@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -185,7 +185,7 @@ def _distances(
             )
         count += outputs[0].shape[0]
         if encoder:
-            similarity += float(F.cosine_similarity(*outputs, dim=-1).sum())
+            similarity += float(F.cosine_similarity(outputs[0], outputs[1], dim=-1).sum())
         else:
             kl, equal = divergence(*outputs)
             total, same = total + kl, same + equal
@@ -243,7 +243,7 @@ def layer_errors(
 
 @contextmanager
 def _recorded(
-    pairs: list[tuple[str, nn.Module, nn.Module]], inputs: dict[str, tuple[Tensor, Tensor]]
+    pairs: Sequence[tuple[str, nn.Module, nn.Module]], inputs: dict[str, tuple[Tensor, Tensor]]
 ) -> Iterator[None]:
     handles = []
     for name, module, _ in pairs:
@@ -293,7 +293,7 @@ def svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
-def html_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def html_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Return an HTML table."""
     lines = ["<table>", "<tr>" + "".join(f"<th>{html.escape(t)}</th>" for t in head) + "</tr>"]
     lines += ["<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows]

@@ -118,16 +118,16 @@ def model_bytes(model: nn.Module) -> int:
                     total += tensor.numel() * tensor.element_size()
                 seen.add(keys[name])
             continue
-        held = dict(module._parameters)
+        held: dict[str, Tensor | None] = dict(module._parameters)
         held.update(
             (n, b)
             for n, b in module._buffers.items()
             if n not in module._non_persistent_buffers_set
         )
-        for tensor in held.values():
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
-                total += tensor.numel() * tensor.element_size()
+        for owned in held.values():
+            if owned is not None and id(owned) not in seen:
+                seen.add(id(owned))
+                total += owned.numel() * owned.element_size()
     return total
 
 

@@ -116,9 +116,7 @@ def _untouched_lines(untouched: list[Untouched]) -> list[str]:
     if untouched:
         total = sum(weight.numel for weight in untouched)
         lines.append(f"untouched: {len(untouched)} tensors, {total:,} numbers")
-    for weight in untouched:
-        if weight.reason != VECTOR:
-            lines.append(f"  {weight.name}: {weight.numel:,} ({weight.reason})")
+    lines += [f"  {w.name}: {w.numel:,} ({w.reason})" for w in untouched if w.reason != VECTOR]
     if vectors:
         total = sum(weight.numel for weight in vectors)
         lines.append(f"  {len(vectors)} norms and biases: {total:,}")

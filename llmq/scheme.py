@@ -1,13 +1,14 @@
-"""What a weight is compressed to: `Scheme` (how values are coded), `Pattern` (which values stay)."""
+"""What a weight becomes: `Scheme` (how its values are coded), `Pattern` (which of them stay)."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, cast
 
 Granularity = Literal["tensor", "channel", "group"]
 Method = Literal["uniform", "quantile"]
+Kind = Literal["unstructured", "2:4", "block", "structured"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Scheme:
 
     Args:
         bits: bits of one weight code, 8 or 4.
-        method: `"uniform"` (evenly spaced levels) or `"quantile"` (a codebook fitted to the weights).
+        method: `"uniform"` (evenly spaced levels) or `"quantile"` (a codebook fitted to weights).
         granularity: what shares one scale: the `"tensor"`, an output `"channel"` (a row of K), or
             a `"group"` of `group_size` consecutive inputs of one row.
         group_size: inputs that share one weight scale; only with granularity `"group"`.
@@ -130,12 +131,10 @@ def _presets() -> dict[str, Scheme]:
         "w8a16-quantile": Scheme(method="quantile"),
     }
     for g in (32, 64, 128):
-        group = {"bits": 4, "granularity": "group", "group_size": g}
-        presets[f"w4a16-g{g}"] = Scheme(**group, symmetric=False)
-        presets[f"w4a8-g{g}"] = Scheme(
-            **group, symmetric=False, activations="dynamic", activation_group_size=g
-        )
-        presets[f"w4a16-quantile-g{g}"] = Scheme(**group, method="quantile")
+        group = Scheme(bits=4, granularity="group", group_size=g, symmetric=False)
+        presets[f"w4a16-g{g}"] = group
+        presets[f"w4a8-g{g}"] = replace(group, activations="dynamic", activation_group_size=g)
+        presets[f"w4a16-quantile-g{g}"] = replace(group, method="quantile", symmetric=True)
     return presets
 
 
@@ -164,7 +163,7 @@ def resolve_scheme(scheme: str | Scheme) -> Scheme:
 class Pattern:
     """Which weights may be zero: `kind`, and for `"block"` the block's rows × columns."""
 
-    kind: Literal["unstructured", "2:4", "block", "structured"]
+    kind: Kind
     block: tuple[int, int] | None = None
 
     @property
@@ -187,8 +186,8 @@ def parse_pattern(pattern: str | Pattern) -> Pattern:
         return pattern
     if not isinstance(pattern, str):
         raise TypeError(f"pattern must be a string, got {type(pattern).__name__}")
-    if pattern == "unstructured" or pattern == "2:4" or pattern == "structured":
-        return Pattern(pattern)
+    if pattern in ("unstructured", "2:4", "structured"):
+        return Pattern(cast(Kind, pattern))
     if pattern == "block":
         return Pattern("block", DEFAULT_BLOCK)
     match = re.fullmatch(r"block-([1-9]\d*)x([1-9]\d*)", pattern)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmq.formats import codebook, uniform
 
-BITS_AND_GROUPS = [(8, None), (8, 64), (4, None), (4, 32), (4, 64), (4, 128)]
+BITS_AND_GROUPS = [(8, None), (4, 32), (4, 64), (4, 128)]  # the presets'
 
 
 @functools.cache

@@ -45,7 +45,8 @@ def linear_weight(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     if isinstance(linear, nn.Linear):
         return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
     if type(linear).__name__ == "Conv1D" and hasattr(linear, "nf"):
-        return linear.weight.detach().T.contiguous(), linear.bias.detach()
+        conv1d: Any = linear
+        return conv1d.weight.detach().T.contiguous(), conv1d.bias.detach()
     raise TypeError(f"expected nn.Linear or transformers' Conv1D, got {type(linear).__name__}")
 
 

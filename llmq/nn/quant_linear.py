@@ -58,15 +58,13 @@ class QuantLinear(CompressedLayer):
         scheme = resolve_scheme(scheme)
         weight, bias = linear_weight(linear)
         scheme.check_fits(weight.shape[0], weight.shape[1])
-        settings = {
-            "bits": scheme.bits,
-            "granularity": scheme.granularity,
-            "group_size": scheme.group_size,
-        }
+        shape: Any = {"granularity": scheme.granularity, "group_size": scheme.group_size}
+        encoded: uniform.UniformWeight | codebook.CodebookWeight
         if scheme.method == "quantile":
-            encoded = codebook.encode(weight, **settings)
+            encoded = codebook.encode(weight, bits=scheme.bits, **shape)
         else:
-            encoded = uniform.encode(weight, **settings, symmetric=scheme.symmetric)
+            symmetric = scheme.symmetric
+            encoded = uniform.encode(weight, bits=scheme.bits, **shape, symmetric=symmetric)
         layer = cls.from_encoded(encoded, bias, scheme, in_features=weight.shape[1])
         return layer.train(linear.training)
 
