@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llmq import extension
+from tests.cpu_isas import ISA_FLAGS, available
 
 
 def built_extensions() -> list[Path]:
@@ -47,11 +48,9 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512vnni"])
+@pytest.fixture(params=ISA_FLAGS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test on each instruction set; fails if this CPU has one that the library lacks."""
-    from tests.cpu_isas import available
-
     assert extension.load().loaded, extension.load().error
     if request.param not in available():
         pytest.skip(f"this CPU has no {request.param}")
