@@ -127,8 +127,11 @@ def test_heads_that_cannot_go_are_said_to_stay() -> None:
     assert "heads 4 -> 4 in 2 attention layers" in model.llmq_report.choice
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w8a16-quantile"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "mixtral"])
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [(name, "w8a8") for name in ("llama", "gpt2", "bert", "t5", "mixtral")]
+    + [("gpt2", "w8a16"), ("bert", "w4a16-quantile-g32"), ("llama", "w8a16-quantile")],
+)
 def test_of_a_quantized_model(name: str, scheme: str) -> None:
     model = quantize(families.make(name), scheme=scheme)
     wide = copy.deepcopy(model)
