@@ -16,7 +16,8 @@ from llmq import extension
 ISA_FLAGS = {
     "portable": set(),
     "avx2": {"avx2", "fma", "f16c"},
-    "avx512vnni": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_vbmi"},
+    "avx512vnni": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    | {"avx512_vnni", "avx512vbmi", "avx512_vbmi2"},
 }
 ROUNDOFF = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 

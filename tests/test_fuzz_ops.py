@@ -6,6 +6,7 @@ Each op runs on storage in canonical and in panel layout and is compared with it
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from llmq import ops as python_ops
 from llmq.formats import activation, bitmap, uniform
-from tests.cpu_isas import assert_close, available, float_tolerance, stored_tolerance
+from tests.cpu_isas import ISA_FLAGS, assert_close, available, float_tolerance, stored_tolerance
 
 ops = torch.ops.llmq
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -136,6 +137,15 @@ def _restored() -> Iterator[None]:
     yield
     ops.set_cpu_isa(isa)
     torch.set_num_threads(threads)
+
+
+def test_every_instruction_set_that_the_library_runs_is_tested() -> None:
+    runs = []
+    for isa in ISA_FLAGS:
+        with contextlib.suppress(ValueError):
+            ops.set_cpu_isa(isa)
+            runs.append(isa)
+    assert runs == available()
 
 
 def _describe(case: Case) -> str:
