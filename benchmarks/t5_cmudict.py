@@ -49,7 +49,7 @@ class Recipe:
     d_model: int = 128
     layers: int = 3
     longest: int = 14  # letters of a word
-    steps: int = 1800
+    steps: int = 700
     batch: int = 256
     lr: float = 3e-3
 

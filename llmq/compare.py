@@ -272,7 +272,7 @@ def layer_plot(series: dict[str, list[LayerError]]) -> str:
     axes.set_ylabel("output error, %")
     axes.set_yscale("log")
     if any(series):
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(series))
     return svg(figure)
 
 
@@ -288,7 +288,7 @@ def new_figure(width: float, height: float) -> Any:
 def svg(figure: Any) -> str:
     """Return a figure as an SVG element to put into a page."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 

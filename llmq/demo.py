@@ -39,6 +39,7 @@ SCHEMES = ("w8a8", "w8a8-g64", "w4a16-g32")
 SPARSE = "50 % sparse w8a8"
 EVALUATED = 4096  # tokens of the text; the rest of it is for training
 PROBED = 128  # tokens through which the layers' outputs are compared
+PROBED = 128  # of them, through which the layers' errors are taken
 PROMPT = "In Python, a list is"
 
 
@@ -98,7 +99,7 @@ def run(folder: Path, *, quick: bool = False, fresh: bool = False) -> dict[str, 
     recipe = Recipe(steps=4) if quick else Recipe()
     evaluated = evaluated[:1024] if quick else evaluated
     models = {"float32": original}
-    for scheme in tqdm(SCHEMES, desc="quantize", unit="model", leave=False):
+    for scheme in SCHEMES:
         models[scheme] = quantize(copy.deepcopy(original), scheme=scheme)
     recovery, models[SPARSE] = recovered(original, evaluated, trained, recipe, fresh=fresh)
     quality = qualities(models, evaluated)
@@ -325,29 +326,23 @@ def page(record: dict[str, Any], layers: dict[str, list[LayerError]]) -> str:
 
 
 def _plots(record: dict[str, Any]) -> list[str]:
-    figure = new_figure(9, 3.5)
+    figure = new_figure(9, 3.8)
     if figure is None:
         return [""]
     rows = record["rows"]
     left, right = figure.subplots(1, 2)
-    for row in rows:
-        left.scatter(row["linear_megabytes"], row["perplexity"])
-        left.annotate(
-            row["name"],
-            (row["linear_megabytes"], row["perplexity"]),
-            fontsize=8,
-            xytext=(4, 4),
-            textcoords="offset points",
-        )
-    left.set_xlabel("linear layers, MB")
+    for row, marker in zip(rows, "oDs^v", strict=True):
+        left.scatter(row["megabytes"], row["perplexity"], marker=marker, s=50, label=row["name"])
+    left.set_xlabel("checkpoint, MB")
     left.set_ylabel("perplexity")
-    left.margins(x=0.2, y=0.15)
+    left.set_xlim(left=0)
+    left.legend(fontsize=8)
     places = range(len(rows))
     for offset, what in ((-0.2, "prefill"), (0.2, "decode")):
         base = rows[0][what]
-        right.bar(
-            [p + offset for p in places], [r[what] / base for r in rows], width=0.38, label=what
-        )
+        times = [row[what] / base for row in rows]
+        bars = right.bar([p + offset for p in places], times, width=0.38, label=what)
+        right.bar_label(bars, fmt="%.1f", fontsize=7)
     right.axhline(1.0, color="black", linewidth=0.5)
     right.set_xticks(list(places), [r["name"].replace(" w8", "\nw8") for r in rows], fontsize=7)
     right.set_ylabel("times as fast as float32")
