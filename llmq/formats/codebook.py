@@ -3,8 +3,7 @@
 A group is first scaled by its value of largest magnitude, sign included, so that this value becomes
 1 and all other levels serve the rest: at 4 bits in groups of 32 this leaves 3 % less error than
 max|w|, which needs a level at 1 and one at -1. Then each scale becomes the one of least squares for
-the codes it got, and the levels follow once more: SmolLM2-135M's perplexity falls from 18.2 to 17.6
-(uniform asymmetric 17.9). A second such round lowers the error of the weights, not the perplexity.
+the codes it got, and the levels follow once more: 3 % less again (MiniLM's weights).
 """
 
 from __future__ import annotations
