@@ -49,11 +49,24 @@ def _encode(N: int, K: int, bits: int, group: int | None, shared: bool) -> codeb
     return codebook.CodebookWeight(stored, table, scale)
 
 
+def _split_entries(x: Tensor, encoded: codebook.CodebookWeight, bits: int) -> Tensor | float:
+    """How far y may be off where a shared 8-bit codebook is split into integers, for one token.
+
+    Entries are off by half a unit, 2⁻²⁴ of the largest, as if they had been stored as float32 of
+    that size; twice that leaves room for the scale's rounding.
+    """
+    if bits != 8 or len(x) != 1 or len(encoded.weight_codebook) != 1 or x.numel() == 0:
+        return 0.0
+    scale = encoded.weight_scale.double()
+    inputs = x.double().abs().reshape(scale.shape[1], -1).sum(1)
+    return 2**-23 * encoded.weight_codebook.abs().max().double() * (scale @ inputs)[None]
+
+
 def _check(x: Tensor, encoded: codebook.CodebookWeight, bias: Tensor | None, bits: int) -> None:
     weight, table, scale = encoded
     dense = codebook.decode(*encoded, bits=bits, K=x.shape[-1]).double()
     expected = x.double() @ dense.T + (0 if bias is None else bias.double())
-    tolerance = float_tolerance(x, dense, bias, expected)
+    tolerance = float_tolerance(x, dense, bias, expected) + _split_entries(x, encoded, bits)
     for isa in each_isa():
         for stored in (weight, ops.pack_panels(weight, bits)):
             y = ops.codebook_linear(x, stored, table, scale, bias, bits)
@@ -102,17 +115,20 @@ def test_any_shape(data: st.DataObject) -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("M", [1, 12])
 def test_every_entry_is_looked_up_exactly(M: int, bits: int) -> None:
-    """One input at a time is 1, so y is the weight itself: no rounding, no neighbour's entry."""
+    """One input at a time is 1, so y is the weight itself, or nearer to it than any other entry."""
     K = 256
     codes = torch.stack([torch.arange(K).roll(n) % 2**bits for n in range(33)]).to(torch.uint8)
     stored = codes.view(torch.int8) if bits == 8 else pack_int4(codes.view(torch.int8))
-    table = torch.randn(1, 2**bits)
+    table = torch.linspace(-1, 1, 2**bits)[torch.randperm(2**bits)][None]
     encoded = codebook.CodebookWeight(stored, table, torch.full((33, 1), 0.5))
     dense = codebook.decode(*encoded, bits=bits, K=K)
     identity = torch.eye(K)
     for isa in each_isa():
         rows = [ops.codebook_linear(x, *encoded, None, bits) for x in identity.split(M)]
-        assert torch.equal(torch.cat(rows), dense.T), isa
+        error = (torch.cat(rows) - dense.T).abs().max()
+        split = _split_entries(identity[:M], encoded, bits)
+        # The input is split in the same way, and units and scale are rounded when multiplied.
+        assert error <= 3 * torch.as_tensor(split).max(), isa
 
 
 @pytest.mark.parametrize("M", [1, 3])
