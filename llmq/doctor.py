@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -19,17 +20,26 @@ from llmq import dispatch, extension
 
 @dataclass(frozen=True)
 class Part:
-    """One part: whether it is there, what was found where, and what to do if it is missing."""
+    """One part: whether it is there, what was found where, and what to do if it is missing.
+
+    Args:
+        name: of the part.
+        ok: whether it is there and works.
+        found: its version, or why it does not work.
+        remedy: what to do or to know about it, if anything.
+        path: where it lies, None if it is no file.
+    """
 
     name: str
     ok: bool
     found: str
     remedy: str = ""
+    path: str | None = None
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `llmq.doctor` found."""
+    """What `llmq.doctor` found; `print` shows it as a table."""
 
     parts: list[Part]
 
@@ -46,12 +56,15 @@ class Diagnosis:
         width = max(len(part.name) for part in self.parts)
         lines = []
         for part in self.parts:
-            lines.append(f"{'ok' if part.ok else '--'}  {part.name:<{width}}  {part.found}")
-            if not part.ok:
+            found = f"{part.found}  {part.path}" if part.path else part.found
+            lines.append(f"{'ok' if part.ok else '--'}  {part.name:<{width}}  {found}")
+            if part.remedy:
                 lines.append(f"    {'':<{width}}  {part.remedy}")
         return "\n".join(lines)
 
 
+_BUILD = "install a C++20 compiler (apt-get install g++), then pip install llmq-kernels again"
+_REQUIRED = ("numpy", "safetensors", "tqdm")
 _OPTIONAL = {
     "transformers": ("loads and rebuilds Hugging Face models", "transformers"),
     "gguf": ("reads GGUF files", "eval"),
@@ -59,15 +72,26 @@ _OPTIONAL = {
     "matplotlib": ("draws the plots of HTML reports", "plots"),
     "pytest_benchmark": ("runs benchmarks/micro.py", "bench"),
 }
+_OPS = (
+    "quantize_activation",
+    "int8_linear",
+    "weight_only_linear",
+    "codebook_linear",
+    "bitmap_sparse_linear",
+    "semi_structured_linear",
+    "block_sparse_linear",
+)
+# Layers of these patterns are held in another form where their own op has no kernel.
+_HELD_OTHERWISE = ("semi_structured_linear", "block_sparse_linear")
 
 
 def doctor() -> Diagnosis:
-    """Return which kernels load on this machine, and why others do not; takes milliseconds.
+    """Return which kernels load on this machine, and why others do not; imports nothing heavy.
 
     Example:
         >>> print(llmq.doctor())
     """
-    return Diagnosis([*_core(), *_kernels(), *_extras()])
+    return Diagnosis([*_core(), *_native(), *_ops(), *_gpu(), *_extras()])
 
 
 def _core() -> list[Part]:
@@ -77,51 +101,135 @@ def _core() -> list[Part]:
     except importlib.metadata.PackageNotFoundError:
         version = "not installed, run from its source"
     enough = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 10)
-    remedy = "pip install 'torch>=2.10'"
-    torch_found = f"{torch.__version__} in {Path(torch.__file__).parent}"
     cpu = f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} torch threads"
     return [
-        Part("llmq", True, f"{version}, {package}"),
-        Part("python", True, f"{platform.python_version()}, {sys.executable}"),
-        Part("torch", enough, torch_found, remedy),
+        Part("llmq", True, version, path=str(package)),
+        Part("python", True, platform.python_version(), path=sys.executable),
+        Part(
+            "torch",
+            enough,
+            torch.__version__,
+            "" if enough else "pip install 'torch>=2.10'",
+            str(Path(torch.__file__).parent),
+        ),
+        *(_installed(module, f"pip install {module}") for module in _REQUIRED),
         Part("machine", True, cpu),
     ]
 
 
-def _kernels() -> list[Part]:
+def _native() -> list[Part]:
     library = extension.load()
-    build = "install a C++20 compiler (apt-get install g++), then pip install again"
-    parts = [Part("C++ kernels", library.loaded, str(library.path or library.error), build)]
-    isa = dispatch.cpu_isa()
-    forced = os.environ.get("LLMQ_ISA")
-    chosen = f"{isa}{', forced by LLMQ_ISA' if forced else ''}" if isa else "reference only"
-    fast = "AVX2 or AVX-512 VNNI would run int8 faster than floating point"
-    parts.append(Part("instruction set", isa not in (None, "portable"), chosen, fast))
+    if library.loaded:
+        parts = [Part("C++ kernels", True, "loaded", path=str(library.path))]
+    else:
+        remedy = _BUILD
+        elsewhere = _other_library()
+        if elsewhere is not None:
+            remedy = (
+                f"{elsewhere} is compiled, but {Path(__file__).parent} comes first on sys.path; "
+                f"start Python elsewhere, or pip install -e {Path(__file__).parent.parent}"
+            )
+        parts = [Part("C++ kernels", False, library.error or "not loaded", remedy)]
+    parts.append(_instruction_set())
     compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
-    where = str(shutil.which(compiler)) if compiler else "none"
-    parts.append(Part("C++ compiler", compiler is not None, where, "apt-get install g++"))
-    cuda = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else f"none (torch {torch.__version__})"
-    parts.append(Part("CUDA device", cuda, device, "GPUs run the reference path so far"))
-    triton = _version("triton")
-    found = triton or "not installed"
-    parts.append(Part("Triton", triton is not None, found, "comes with CUDA builds of torch"))
+    needed = not library.loaded
+    parts.append(
+        Part(
+            "C++ compiler",
+            compiler is not None,
+            compiler or "none on PATH",
+            "" if compiler else f"{'' if needed else 'only to build again: '}apt-get install g++",
+            shutil.which(compiler) if compiler else None,
+        )
+    )
     return parts
+
+
+def _other_library() -> Path | None:
+    """Return a compiled llmq that another entry of sys.path holds and that is not imported."""
+    here = Path(__file__).parent.resolve()
+    for entry in sys.path:
+        folder = Path(entry or ".") / "llmq"
+        if folder.resolve() != here:
+            for library in sorted(folder.glob("_C*.so")):
+                return library
+    return None
+
+
+def _instruction_set() -> Part:
+    name = "instruction set"
+    if not extension.load().loaded:
+        return Part(name, False, "none: every op runs its PyTorch reference", _BUILD)
+    forced = os.environ.get("LLMQ_ISA")
+    try:
+        isa = dispatch.cpu_isa()
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        return Part(name, False, reason, f"unset LLMQ_ISA, or set it to one of {_runnable()}")
+    found = f"{isa}{', forced by LLMQ_ISA' if forced else ''} (runs here: {_runnable()})"
+    if isa == "portable" and not forced:
+        slow = "int8 is slower here than where AVX2 or AVX-512 VNNI runs; bits=8 picks w8a16"
+        return Part(name, False, found, slow)
+    return Part(name, True, found)
+
+
+def _runnable() -> str:
+    """Return the instruction sets that run here; the library lists them as it refuses others."""
+    try:
+        torch.ops.llmq.set_cpu_isa("?")
+    except (RuntimeError, ValueError) as error:
+        found = re.search(r"does not run here; (.*?) do(es)?\b", str(error))
+        return found[1] if found else "unknown"
+    return "unknown"
+
+
+def _ops() -> list[Part]:
+    parts = []
+    for op in _OPS:
+        registered = hasattr(torch.ops.llmq, op)
+        try:
+            kernel = dispatch.choose(op, "cpu", torch.float32, 1, 64, 64)
+        except (RuntimeError, ValueError):  # of a wrong LLMQ_ISA, which has a line of its own
+            kernel = dispatch.Kernel("reference", "LLMQ_ISA names no instruction set of this CPU")
+        native = registered and kernel.name != "reference"
+        remedy = "" if native else "see C++ kernels and instruction set"
+        if op in _HELD_OTHERWISE and not native:
+            remedy = "such layers are held as bitmap (int8) or dense (floating point) on CPU"
+        found = f"{kernel.name} ({kernel.reason})" if registered else "not registered"
+        parts.append(Part(op, native, found, remedy))
+    return parts
+
+
+def _gpu() -> list[Part]:
+    cuda = torch.cuda.is_available()
+    built = torch.version.cuda
+    why = f"none found; this torch is built {f'for CUDA {built}' if built else 'without CUDA'}"
+    device = torch.cuda.get_device_name() if cuda else why
+    reference = "GPUs run the reference path so far"
+    return [
+        Part("CUDA device", cuda, device, reference),
+        _installed("triton", "comes with CUDA builds of torch"),
+        _installed("llmq_kernels", reference),
+    ]
 
 
 def _extras() -> list[Part]:
-    parts = []
-    for module, (use, extra) in _OPTIONAL.items():
-        version = _version(module)
-        remedy = f"{use}: pip install 'llmq-kernels[{extra}]'"
-        parts.append(Part(module, version is not None, version or "not installed", remedy))
-    return parts
+    return [
+        _installed(module, f"{use}: pip install 'llmq-kernels[{extra}]'")
+        for module, (use, extra) in _OPTIONAL.items()
+    ]
 
 
-def _version(module: str) -> str | None:
-    if importlib.util.find_spec(module) is None:
-        return None
+def _installed(module: str, remedy: str) -> Part:
+    """Describe a package without importing it."""
     try:
-        return importlib.metadata.version(module.replace("_", "-"))
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # blocked, or in sys.modules without a spec
+        spec = None
+    if spec is None or spec.origin is None:
+        return Part(module, False, "not installed", remedy)
+    try:
+        version = importlib.metadata.version(module.replace("_", "-"))
     except importlib.metadata.PackageNotFoundError:
-        return "version unknown"
+        version = "version unknown"
+    return Part(module, True, version, path=str(Path(spec.origin).parent))

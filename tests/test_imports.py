@@ -1,0 +1,190 @@
+"""Who imports whom: never up the order of layers, and nothing optional before it is needed."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "llmq"
+MODULES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in sorted(PACKAGE.rglob("*.py"))
+}
+
+# From bottom to top; a module may import from its own line and those above it here. A package's
+# name stands for all of its modules that no other line names.
+ORDER = (
+    ("scheme",),
+    ("formats", "extension"),
+    ("dispatch",),
+    ("ops",),
+    ("nn",),
+    ("integrations",),
+    ("report", "walk"),
+    ("algorithms",),
+    ("checkpoint", "compare", "doctor", "evaluate", "fine_tune", "plan", "prune", "quantize"),
+    ("bench", "demo", "integrations.models"),  # what the commands are made of
+    ("cli",),
+)
+# The names of the public API, gathered; only what stands on top of the verbs may ask there.
+TOP = ("llmq", "llmq.cli", "llmq.demo", "llmq.bench")
+CORE = {"torch", "numpy", "safetensors", "tqdm"}
+OPTIONAL = ("transformers", "triton", "matplotlib", "gguf", "accelerate", "llmq_kernels")
+
+
+def rank(module: str) -> int:
+    """The line of ORDER that the longest name of `module` stands in."""
+    parts = module.split(".")[1:]
+    for length in range(len(parts), 0, -1):
+        name = ".".join(parts[:length])
+        for line, names in enumerate(ORDER):
+            if name in names:
+                return line
+    raise AssertionError(f"{module} stands in no line of ORDER")
+
+
+def imports(file: Path) -> Iterator[tuple[str, int, bool]]:
+    """Give each imported module as (name, line, whether importing `file` imports it too)."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    later = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or _is_type_checking(node)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno, id(node) not in later
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: relative import"
+            assert node.module is not None
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                name = full if full in MODULES else node.module
+                yield name, node.lineno, id(node) not in later
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def run(code: str, folder: Path = ROOT) -> str:
+    """Run code in a fresh process that finds llmq in `folder`; return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "llmq"])
+def test_nothing_imports_from_above(module: str) -> None:
+    own = rank(module) if module.count(".") or module != "llmq" else len(ORDER)
+    for name, line, _ in imports(MODULES[module]):
+        if name == "llmq":
+            assert module in TOP, f"{MODULES[module]}:{line} imports the whole of llmq"
+        elif name.startswith("llmq."):
+            assert name in MODULES, f"{MODULES[module]}:{line} imports {name}, which is not there"
+            assert rank(name) <= own, f"{MODULES[module]}:{line} imports {name}, which is above it"
+
+
+def test_the_order_names_what_there_is() -> None:
+    for names in ORDER:
+        for name in names:
+            if name != "plan":  # lands with its own issue
+                assert f"llmq.{name}" in MODULES, f"no llmq.{name}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_core_is_imported_at_once(module: str) -> None:
+    for name, line, at_once in imports(MODULES[module]):
+        top = name.partition(".")[0]
+        if at_once and top not in sys.stdlib_module_names and top != "llmq":
+            assert top in CORE, (
+                f"{MODULES[module]}:{line} imports {top}; import it where it is used"
+            )
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "kernels").glob("*.py")), ids=lambda f: f.name)
+def test_gpu_kernels_import_torch_and_triton_only(file: Path) -> None:
+    for name, line, _ in imports(file):
+        top = name.partition(".")[0]
+        known = top in sys.stdlib_module_names or top in ("torch", "triton", "llmq_kernels")
+        assert known, f"{file}:{line} imports {name}"
+
+
+def test_import_loads_nothing_optional(record_property: pytest.FixtureRequest) -> None:
+    code = """
+import json, sys, time
+import torch
+before = set(sys.modules)
+events = []
+sys.addaudithook(lambda event, args: events.append(event))
+start = time.perf_counter()
+import llmq
+seconds = time.perf_counter() - start
+print(json.dumps({
+    "seconds": seconds,
+    "modules": sorted(set(sys.modules) - before),
+    "processes": sum(e in ("subprocess.Popen", "os.system", "os.exec", "os.fork") for e in events),
+}))
+"""
+    found = json.loads(run(code))
+    record_property("import_llmq_seconds", found["seconds"])  # type: ignore[operator]
+    print(f"import llmq: {found['seconds']:.3f} s beyond import torch")
+    assert found["processes"] == 0  # nothing is compiled
+    loaded = {name.partition(".")[0] for name in found["modules"]}
+    assert loaded.isdisjoint({*OPTIONAL, "scipy", "pandas", "sklearn", "IPython", "hypothesis"})
+    assert not {"torch._dynamo", "torch._inductor", "torch.onnx"} & set(found["modules"])
+
+
+def test_works_with_the_core_alone(tmp_path: Path) -> None:
+    """Without transformers, Triton and the compiled library, every verb runs its reference."""
+    shutil.copytree(PACKAGE, tmp_path / "llmq", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    code = f"""
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {(*OPTIONAL, "pytest_benchmark")!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import torch
+import llmq
+from llmq import extension
+assert not extension.load().loaded
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.ReLU(), torch.nn.Linear(48, 8))
+x = torch.randn(4, 32)
+y = model(x)
+llmq.quantize(model, scheme="w8a8", skip=())
+assert torch.nn.functional.cosine_similarity(y.flatten(), model(x).flatten(), dim=0) > 0.99
+llmq.prune(model, 0.5)
+assert torch.isfinite(model(x)).all()
+assert [layer.kernel for layer in model.llmq_report.layers] == ["reference"] * 2
+try:
+    llmq.save(model, "saved")
+except TypeError as error:
+    assert "state_dict" in str(error)
+found = {{part.name: part for part in llmq.doctor().parts}}
+assert not found["transformers"].ok and "pip install" in found["transformers"].remedy
+assert not found["C++ kernels"].ok
+print("done")
+"""
+    assert run(code, tmp_path).endswith("done\n")
