@@ -41,6 +41,8 @@ clean:
 
 # torch comes first and by its pin: a range would let another package pull a build for GPUs.
 $(VENV)/installed: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "$(PYTHON) is older than 3.10: make PYTHON=python3.11 names another"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt setuptools wheel ninja
 	$(PIP) install -q -c constraints.txt torch numpy safetensors tqdm
@@ -51,6 +53,9 @@ $(VENV)/installed: constraints.txt pyproject.toml
 
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
+# Without a compiler this installs pure Python, and tries again at the next call.
 $(VENV)/built: $(VENV)/installed $(SOURCES)
+	@command -v $(firstword $(CXX)) >/dev/null || \
+	    echo "note: no C++ compiler, so no kernels and slow demo: apt-get install g++"
 	$(PIP) install -q --no-deps --no-build-isolation -e .
-	touch $@
+	test ! -e llmq/_C.abi3.so || touch $@
