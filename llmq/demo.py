@@ -322,7 +322,10 @@ def page(record: dict[str, Any], layers: dict[str, list[LayerError]]) -> str:
         html_table(("model", f"after “{PROMPT}”"), [(n.rstrip(": "), text) for n, text in names]),
         f"<p><small>{_setting(record)}</small></p>",
     ]
-    return html_page("llmq demo", parts, [*_plots(record), layer_plot(layers)])
+    titles = ("Size and speed", "Error of each layer's output, given the original's input")
+    plots = [*_plots(record), layer_plot(layers)]
+    titled = [f"<h2>{t}</h2>{plot}" for t, plot in zip(titles, plots, strict=True) if plot]
+    return html_page(f"llmq demo: {record['model']}", parts, titled or [""])
 
 
 def _plots(record: dict[str, Any]) -> list[str]:
