@@ -1,8 +1,8 @@
 """Uniform codes: w = (q - zero_point) · scale, 8 or 4 bits, by tensor, channel or group.
 
-Rounding is to the nearest code, ties to even. The scale covers the whole range of its group:
-choosing it by least squares instead lowers the weight error of 4 bits by a tenth, and still raises
-SmolLM2-135M's perplexity from 17.9 to 18.4, because what it clips are the weights that matter.
+Rounding is to the nearest code, ties to even. The scale covers the whole range of its group: the
+clipped range of least squares lowers the error of SmolLM2-135M's 4-bit weights in groups of 32 by a
+tenth and yet raises the perplexity from 17.9 to 18.4.
 """
 
 from __future__ import annotations
