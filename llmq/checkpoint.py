@@ -248,7 +248,7 @@ def _read_description(file: Path) -> dict[str, Any]:
     if file.stat().st_size > _MAX_DESCRIPTION:
         raise ValueError(f"{file} is larger than any description of a model")
     try:
-        description = json.loads(file.read_bytes(), object_pairs_hook=_unique)
+        description = json.loads(file.read_bytes(), object_pairs_hook=tensor_file.unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: truncated or altered ({error})") from error
     if not isinstance(description, dict) or "format_version" not in description:
@@ -268,14 +268,6 @@ def _read_description(file: Path) -> dict[str, Any]:
                 f"{file} describes no model: {name} is {description.get(name, 'missing')!r:.60}"
             )
     return description
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{max(names, key=names.count)!r} stands there twice")
-    return found
 
 
 def _skeleton(description: dict[str, Any], shapes: dict[str, list[int]], size: int) -> nn.Module:

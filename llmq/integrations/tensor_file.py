@@ -2,7 +2,7 @@
 
 Format: https://huggingface.co/docs/safetensors (a length, a JSON header, the tensors' bytes).
 Written here so that a model in its device's layout needs room for one canonical tensor more, not
-for all of them, and is hashed on its way out.
+for all of them, and is hashed on its way; safetensors reads these files too.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -96,7 +96,7 @@ def _bytes(name: str, entry: Entry) -> memoryview:
 
 
 def read(file: Path, size: int, sha256: str) -> dict[str, Tensor]:
-    """Return the tensors of `file`, each in memory of its own.
+    """Return the tensors of `file`, each in memory of its own, read in one pass.
 
     Args:
         file: what `write` wrote.
@@ -109,24 +109,67 @@ def read(file: Path, size: int, sha256: str) -> dict[str, Tensor]:
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; the checkpoint is incomplete")
-    found = file.stat().st_size
-    if found != size:
-        raise ValueError(
-            f"{file} has {found} bytes, not the {size} that were saved: truncated or altered"
-        )
     digest = hashlib.sha256()
     with (
-        file.open("rb") as stream,
+        file.open("rb", buffering=0) as stream,
         tqdm(total=size, desc="load", unit="B", unit_scale=True, delay=1, leave=False) as bar,
     ):
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-            bar.update(len(chunk))
+        found = os.fstat(stream.fileno()).st_size
+        if found != size:
+            raise ValueError(
+                f"{file} has {found} bytes, not the {size} that were saved: truncated or altered"
+            )
+
+        def fill(data: memoryview) -> None:
+            at = 0
+            while at < len(data):
+                count = stream.readinto(data[at : at + _CHUNK])
+                if not count:
+                    raise ValueError(f"{file} ended while it was being read")
+                digest.update(data[at : at + count])
+                bar.update(count)
+                at += count
+
+        try:
+            tensors = _read(fill, size)
+        except (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError) as error:
+            raise ValueError(f"{file} is truncated or altered: {error}") from error
     if digest.hexdigest() != sha256:
         raise ValueError(f"{file} is not the file that was saved: truncated or altered")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            # What safetensors returns lies in the file: cloned, it is aligned as any other tensor.
-            return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{file} is no safetensors file: {error}") from error
+    return tensors
+
+
+def _read(fill: Callable[[memoryview], None], size: int) -> dict[str, Tensor]:
+    length = bytearray(8)
+    fill(memoryview(length))
+    header_size = int.from_bytes(length, "little")
+    if header_size > size - 8:
+        raise ValueError(f"a header of {header_size} bytes in a file of {size}")
+    text = bytearray(header_size)
+    fill(memoryview(text))
+    header = json.loads(bytes(text), object_pairs_hook=unique)
+    dtypes = {name: dtype for dtype, name in _NAMES.items()}
+    tensors = {}
+    end = 0
+    for name, record in header.items():
+        dtype, shape = dtypes[record["dtype"]], record["shape"]
+        if not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError(f"{name} has shape {shape}")
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        if record["data_offsets"] != [start, end] or end > size - 8 - header_size:
+            raise ValueError(f"{name} does not lie where the tensor before it ends")
+        # Checked against the file's size, so no more memory is taken than the file is long.
+        tensors[name] = torch.empty(shape, dtype=dtype)
+        fill(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    if end != size - 8 - header_size:
+        raise ValueError("bytes that belong to no tensor")
+    return tensors
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of JSON's pairs (`object_pairs_hook`) where no name stands twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)!r} stands there twice")
+    return found
