@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import llmq
+from llmq.algorithms.straight_through import fake_quantize
 from llmq.formats import codebook
 from llmq.nn import QuantLinear, SparseLinear
 from llmq.scheme import PRESETS, Scheme, resolve_scheme
@@ -132,8 +133,6 @@ def test_zeros_survive_saving_and_loading(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [*PRESETS, "w8a8-tensor", "w8-g16-asym"])
 def test_training_rounds_as_encoding_does(name: str) -> None:
-    from llmq.fine_tune import fake_quantize
-
     own = {
         "w8a8-tensor": Scheme(granularity="tensor"),
         "w8-g16-asym": Scheme(granularity="group", group_size=16, symmetric=False),
