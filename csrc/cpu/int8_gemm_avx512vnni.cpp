@@ -14,7 +14,8 @@
 // groups, float32 sums stay in the first-level cache.
 // Reached on one EPYC Genoa core, whole op, ceilings measured between its runs: 4096×4096: M = 1
 // 81–96 % of the read bandwidth, M = 8 91 % of it and 76 % of the multiplier, M = 16 84 %, M = 64
-// 90 % (groups of 64: 76 %); 11008×4096: M = 64 92 % (78 %); 576×576, from cache: M = 64 77 % (63 %).
+// 90 % (groups of 64: 76 %); 11008×4096: M = 64 92 % (78 %), M = 1024 94 % (74 %); 576×576, from
+// cache: M = 64 77 % (63 %).
 #include <immintrin.h>
 
 #include "kernels.h"
