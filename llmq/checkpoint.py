@@ -121,10 +121,18 @@ def load(directory: str | os.PathLike[str], device: str | torch.device | None = 
         _fill(model, description, tensors)
         if description["report"] is not None:
             model.llmq_report = _report(model, description["report"])  # type: ignore[assignment]
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError) as error:
-        raise ValueError(f"{file} describes no model: {error!r}") from error
-    except (RuntimeError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+    ) as error:
+        raise ValueError(f"{file} describes no model: {error!r}") from error
     model.eval()
     return model if device is None else model.to(device)
 

@@ -148,6 +148,8 @@ def _read(fill: Callable[[memoryview], None], size: int) -> dict[str, Tensor]:
     text = bytearray(header_size)
     fill(memoryview(text))
     header = json.loads(bytes(text), object_pairs_hook=unique)
+    if not isinstance(header, dict):
+        raise ValueError(f"a header that is a {type(header).__name__}")
     dtypes = {name: dtype for dtype, name in _NAMES.items()}
     tensors = {}
     end = 0
