@@ -15,9 +15,10 @@ constexpr int64_t kAhead = 1024;
 
 constexpr int64_t kTokens = 4;
 
-// Byte i of places[mask] says which of the next 8 kept bytes belongs at i, or 0x80 for none.
+// Byte i of an entry says which of the kept bytes in its half of a register belongs at i, or 0x80
+// for none; the lower 8 take from the first 8 bytes of the register, the upper 8 from the second.
 struct Table {
-  uint64_t places[256];
+  uint64_t lower[256], upper[256];
 };
 
 constexpr Table make_table() {
@@ -25,7 +26,10 @@ constexpr Table make_table() {
   for (int mask = 0; mask < 256; ++mask) {
     uint64_t next = 0;
     for (int i = 0; i < 8; ++i) {
-      table.places[mask] |= ((mask >> i & 1) != 0 ? next++ : uint64_t{0x80}) << (8 * i);
+      const bool kept = (mask >> i & 1) != 0;
+      table.lower[mask] |= (kept ? next : 0x80) << (8 * i);
+      table.upper[mask] |= (kept ? next + 8 : 0x80) << (8 * i);
+      next += kept;
     }
   }
   return table;
@@ -38,15 +42,18 @@ __m128i two_halves(const void* low, const void* high) {
   return _mm_castpd_si128(_mm_loadh_pd(_mm_castsi128_pd(half), static_cast<const double*>(high)));
 }
 
-// The next 16 signed codes, 0 where absent; moves `weight` behind their kept bytes.
-__m128i next_codes(const uint8_t*& weight, uint64_t bits16) {
-  const uint64_t first = bits16 & 255, second = bits16 >> 8;
-  const __m128i kept = two_halves(weight, weight + _mm_popcnt_u64(first));
-  weight += _mm_popcnt_u64(bits16);
-  const __m128i places = _mm_add_epi8(two_halves(&kTable.places[first], &kTable.places[second]),
-                                      _mm_setr_epi32(0, 0, 0x08080808, 0x08080808));
-  const __m128i flip = _mm_set1_epi8(static_cast<char>(0x80));
-  return _mm_shuffle_epi8(_mm_xor_si128(kept, flip), places);
+// The next 32 signed codes, 0 where absent; moves `weight` behind their kept bytes.
+__m256i next_codes(const uint8_t*& weight, uint32_t bits) {
+  const uint8_t* const second = weight + _mm_popcnt_u32(bits & 0xff);
+  const uint8_t* const third = weight + _mm_popcnt_u32(bits & 0xffff);
+  const uint8_t* const fourth = weight + _mm_popcnt_u32(bits & 0xffffff);
+  const __m256i kept = _mm256_set_m128i(two_halves(third, fourth), two_halves(weight, second));
+  weight += _mm_popcnt_u32(bits);
+  const __m256i places =
+      _mm256_set_m128i(two_halves(&kTable.lower[bits >> 16 & 255], &kTable.upper[bits >> 24]),
+                       two_halves(&kTable.lower[bits & 255], &kTable.upper[bits >> 8 & 255]));
+  const __m256i flip = _mm256_set1_epi8(static_cast<char>(0x80));
+  return _mm256_shuffle_epi8(_mm256_xor_si256(kept, flip), places);
 }
 
 struct Block {
@@ -54,15 +61,10 @@ struct Block {
 };
 
 Block next_block(const uint8_t*& weight, const uint8_t* mask) {
-  uint64_t bits;
-  __builtin_memcpy(&bits, mask, 8);
+  uint32_t bits[2];
+  __builtin_memcpy(bits, mask, 8);
   Block block;
-  for (__m256i& half : block.half) {
-    const __m128i low = next_codes(weight, bits & 0xffff);
-    const __m128i high = next_codes(weight, bits >> 16 & 0xffff);
-    half = _mm256_set_m128i(high, low);
-    bits >>= 32;
-  }
+  for (int h = 0; h < 2; ++h) block.half[h] = next_codes(weight, bits[h]);
   _mm_prefetch(reinterpret_cast<const char*>(mask) + kAhead, _MM_HINT_T0);
   _mm_prefetch(reinterpret_cast<const char*>(weight) + kAhead, _MM_HINT_T0);
   return block;

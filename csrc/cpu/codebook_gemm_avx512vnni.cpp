@@ -101,18 +101,31 @@ void dequantize(const CodebookPanel& p) {
   }
 }
 
-// Digit of the codebook for each of 64 codes, from 256 bytes in 4 registers.
-__m512i look_up(const __m512i (&table)[4], __m512i code, __mmask64 upper) {
-  const __m512i low = _mm512_permutex2var_epi8(table[0], code, table[1]);
-  const __m512i high = _mm512_permutex2var_epi8(table[2], code, table[3]);
+// 256 bytes to look 64 codes up in; `upper` says which codes are over 127.
+struct Bytes {
+  explicit Bytes(const uint8_t* bytes)
+      : t0(_mm512_loadu_si512(bytes)),
+        t1(_mm512_loadu_si512(bytes + 64)),
+        t2(_mm512_loadu_si512(bytes + 128)),
+        t3(_mm512_loadu_si512(bytes + 192)) {}
+  __m512i t0, t1, t2, t3;
+};
+
+__m512i look_up(const Bytes& table, __m512i code, __mmask64 upper) {
+  const __m512i low = _mm512_permutex2var_epi8(table.t0, code, table.t1);
+  const __m512i high = _mm512_permutex2var_epi8(table.t2, code, table.t3);
   return _mm512_mask_blend_epi8(upper, low, high);
 }
 
-// Not the intrinsic: GCC 12 would copy the accumulators and keep them in memory too.
-void dot4(__m512i& sum, __m512i digits, const int8_t* x) {
+__m512i broadcast4(const int8_t* x) {
   int32_t four;
   __builtin_memcpy(&four, x, 4);
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(digits), "v"(_mm512_set1_epi32(four)));
+  return _mm512_set1_epi32(four);
+}
+
+// Not the intrinsic: GCC 12 would copy the accumulators and keep them in memory too.
+void dot4(__m512i& sum, __m512i digits, __m512i x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(digits), "v"(x));
 }
 
 template <int kRows>
@@ -130,30 +143,40 @@ void panel_gemm(const PanelGemm& g) {
 }  // namespace
 
 void codebook_int8_gemv_avx512vnni(const CodebookInt8Gemv& g) {
-  __m512i table[3][4];
-  for (int i = 0; i < 12; ++i) table[i / 4][i % 4] = _mm512_loadu_si512(g.digits + 64 * i);
+  const Bytes table_a(g.digits), table_b(g.digits + 256), table_c(g.digits + 512);
   const uint8_t* weight = g.weight;
   const int8_t* x = g.x;
   __m512 y = _mm512_setzero_ps();
   for (int64_t k = 0, s = 0; k < g.K; k += g.segment, ++s) {
-    // Products of digit w of the weight and digit i of the input, but for the least, [2][2].
+    // Products of a digit of the weight and one of the input, but for the least, cc.
     // The digits stand 2^23 above the entry: 128 in the first, taken off by −128 · Σ x.
-    __m512i dot[3][3] = {};
-    for (int i = 0; i < 3; ++i) dot[0][i] = _mm512_set1_epi32(128 * g.x_sum[s * 3 + i]);
+    // One register each: GCC keeps an array of them in memory.
+    const int32_t* const x_sum = g.x_sum + s * 3;
+    __m512i aa = _mm512_set1_epi32(128 * x_sum[0]), ab = _mm512_set1_epi32(128 * x_sum[1]);
+    __m512i ac = _mm512_set1_epi32(128 * x_sum[2]), ba = _mm512_setzero_si512();
+    __m512i bb = ba, bc = ba, ca = ba, cb = ba;
     const int64_t end = g.K - k < g.segment ? g.K : k + g.segment;
     for (int64_t i = k; i < end; i += 4, weight += kBlockBytes, x += 12) {
       const __m512i code = _mm512_loadu_si512(weight);
       _mm_prefetch(reinterpret_cast<const char*>(weight + kAhead), _MM_HINT_T0);
       const __mmask64 upper = _mm512_movepi8_mask(code);
-      for (int w = 0; w < 3; ++w) {
-        const __m512i digits = look_up(table[w], code, upper);
-        for (int d = 0; d < (w < 2 ? 3 : 2); ++d) dot4(dot[w][d], digits, x + 4 * d);
-      }
+      const __m512i xa = broadcast4(x), xb = broadcast4(x + 4), xc = broadcast4(x + 8);
+      const __m512i a = look_up(table_a, code, upper);
+      dot4(aa, a, xa);
+      dot4(ab, a, xb);
+      dot4(ac, a, xc);
+      const __m512i b = look_up(table_b, code, upper);
+      dot4(ba, b, xa);
+      dot4(bb, b, xb);
+      dot4(bc, b, xc);
+      const __m512i c = look_up(table_c, code, upper);
+      dot4(ca, c, xa);
+      dot4(cb, c, xb);
     }
     // Each order is 256 times the next.
-    const __m512i orders[4] = {dot[0][0], _mm512_add_epi32(dot[0][1], dot[1][0]),
-                               _mm512_add_epi32(dot[0][2], _mm512_add_epi32(dot[1][1], dot[2][0])),
-                               _mm512_add_epi32(dot[1][2], dot[2][1])};
+    const __m512i orders[4] = {aa, _mm512_add_epi32(ab, ba),
+                               _mm512_add_epi32(ac, _mm512_add_epi32(bb, ca)),
+                               _mm512_add_epi32(bc, cb)};
     __m512 sum = _mm512_setzero_ps();
     for (const __m512i& order : orders) {
       sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256), _mm512_cvtepi32_ps(order));

@@ -26,12 +26,14 @@ __m256i broadcast4(const int8_t* x) {
 
 // Four products a lane, summed into int32: 8 outputs × 4 (bits 8) or 8 (bits 4) inputs.
 template <int kBits, int kRows>
-void multiply(__m256i (&dot)[kRows], const uint8_t* weight, const int8_t* x, int64_t stride) {
+[[gnu::always_inline]] inline void multiply(__m256i (&dot)[kRows], const uint8_t* weight,
+                                            const int8_t* x, int64_t stride) {
   const __m256i ones = _mm256_set1_epi16(1);
   const __m256i block = load(weight);
   if constexpr (kBits == 8) {
     const __m256i code = _mm256_xor_si256(block, _mm256_set1_epi8(-128));
     const __m256i magnitude = _mm256_abs_epi8(code);
+#pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
       const __m256i input = _mm256_sign_epi8(broadcast4(x + r * 4), code);
       const __m256i pairs = _mm256_maddubs_epi16(magnitude, input);
@@ -41,6 +43,7 @@ void multiply(__m256i (&dot)[kRows], const uint8_t* weight, const int8_t* x, int
     const __m256i low_nibbles = _mm256_set1_epi8(15);
     const __m256i low = _mm256_and_si256(block, low_nibbles);
     const __m256i high = _mm256_and_si256(_mm256_srli_epi16(block, 4), low_nibbles);
+#pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
       const __m256i pairs =
           _mm256_add_epi16(_mm256_maddubs_epi16(low, broadcast4(x + r * 4)),
@@ -50,52 +53,64 @@ void multiply(__m256i (&dot)[kRows], const uint8_t* weight, const int8_t* x, int
   }
 }
 
+// Half a panel at a time, so that dots and results of 4 rows fit the 16 registers.
 template <int kBits, int kRows>
-void int8_gemm(const WeightOnlyInt8Gemm& g, int64_t row) {
+void int8_gemm(const WeightOnlyInt8Gemm& g, int64_t row, int64_t half) {
   constexpr int64_t kInputs = 32 / kBits;
   const int64_t stride = g.rows * 4;  // bytes from 4 inputs of the tile to the next 4
   const __m256i bias = _mm256_set1_epi32(kBits == 8 ? 128 : 0);  // codes are multiplied signed
-  float* const y = g.y + row * kPanel;
-  for (int64_t i = 0; i < kRows * kPanel; ++i) y[i] = 0;
-  for (int64_t k = 0, s = 0; k < g.K; k += g.segment, ++s) {
+  const uint8_t* weight = g.weight + half * 4;
+  const int8_t* x = g.x + row * 4;
+  const int32_t* x_sum = g.x_sum + row;
+  const float* x_scale = g.x_scale + row;
+  const float* scale = g.scale + half;
+  const int32_t* zero = g.zero + half;
+  int64_t left_in_group = g.segments_per_group;
+  __m256 y[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) y[r] = _mm256_setzero_ps();
+
+  for (int64_t k = 0; k < g.K; k += g.segment) {
     const int64_t inputs = g.K - k < g.segment ? g.K - k : g.segment;
-    const int64_t group = s / g.segments_per_group * kPanel;
-    const int32_t* const x_sum = g.x_sum + s * g.rows + row;
-    const float* const x_scale = g.x_scale + s * g.rows + row;
-    for (int64_t half = 0; half < kPanel; half += kHalf) {
-      const __m256i zero = _mm256_sub_epi32(load(g.zero + group + half), bias);
-      __m256i dot[kRows];
-      for (int r = 0; r < kRows; ++r) {
-        dot[r] = _mm256_mullo_epi32(zero, _mm256_set1_epi32(x_sum[r]));
-      }
-      const int8_t* x = g.x + k / 4 * stride + row * 4;
-      const uint8_t* weight = g.weight + k / kInputs * kBlockBytes + half * 4;
-      for (int64_t i = 0; i < inputs; i += kInputs) {
-        if (half == 0) {
-          _mm_prefetch(reinterpret_cast<const char*>(weight + kAhead), _MM_HINT_T0);
-        }
-        multiply<kBits, kRows>(dot, weight, x, stride);
-        weight += kBlockBytes;
-        x += kInputs / 4 * stride;
-      }
-      const __m256 scale = _mm256_loadu_ps(g.scale + group + half);
-      for (int r = 0; r < kRows; ++r) {
-        const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(x_scale[r]));
-        float* const target = y + r * kPanel + half;
-        const __m256 sum = _mm256_loadu_ps(target);
-        _mm256_storeu_ps(target, _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[r]), both, sum));
-      }
+    const __m256i zeros = _mm256_sub_epi32(load(zero), bias);
+    __m256i dot[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      dot[r] = _mm256_mullo_epi32(zeros, _mm256_set1_epi32(x_sum[r]));
+    }
+    for (int64_t i = 0; i < inputs; i += kInputs) {
+      _mm_prefetch(reinterpret_cast<const char*>(weight + kAhead), _MM_HINT_T0);
+      multiply<kBits, kRows>(dot, weight, x, stride);
+      weight += kBlockBytes;
+      x += kInputs / 4 * stride;
+    }
+    const __m256 scales = _mm256_loadu_ps(scale);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const __m256 both = _mm256_mul_ps(scales, _mm256_set1_ps(x_scale[r]));
+      y[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[r]), both, y[r]);
+    }
+    x_sum += g.rows;
+    x_scale += g.rows;
+    if (--left_in_group == 0) {
+      scale += kPanel;
+      zero += kPanel;
+      left_in_group = g.segments_per_group;
     }
   }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) _mm256_storeu_ps(g.y + (row + r) * kPanel + half, y[r]);
 }
 
 template <int kBits>
 void int8_gemm_rows(const WeightOnlyInt8Gemm& g) {
-  int64_t row = 0;
-  for (; row + 4 <= g.rows; row += 4) int8_gemm<kBits, 4>(g, row);
-  if (g.rows - row == 3) int8_gemm<kBits, 3>(g, row);
-  if (g.rows - row == 2) int8_gemm<kBits, 2>(g, row);
-  if (g.rows - row == 1) int8_gemm<kBits, 1>(g, row);
+  for (int64_t half = 0; half < kPanel; half += kHalf) {
+    int64_t row = 0;
+    for (; row + 4 <= g.rows; row += 4) int8_gemm<kBits, 4>(g, row, half);
+    if (g.rows - row == 3) int8_gemm<kBits, 3>(g, row, half);
+    if (g.rows - row == 2) int8_gemm<kBits, 2>(g, row, half);
+    if (g.rows - row == 1) int8_gemm<kBits, 1>(g, row, half);
+  }
 }
 
 // Input j of the 8 outputs of half a block.
@@ -129,6 +144,7 @@ void panel_gemm(const PanelGemm& g, int64_t row) {
   float* const y = g.y + row * kPanel;
   const float* x = g.x + row;
   __m256 sum[kRows][2];
+#pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
     sum[r][0] = _mm256_loadu_ps(y + r * kPanel);
     sum[r][1] = _mm256_loadu_ps(y + r * kPanel + kHalf);
@@ -136,12 +152,14 @@ void panel_gemm(const PanelGemm& g, int64_t row) {
   for (int64_t k = 0; k < g.K; ++k, x += g.rows) {
     const __m256 low = _mm256_loadu_ps(g.dense + k * kPanel);
     const __m256 high = _mm256_loadu_ps(g.dense + k * kPanel + kHalf);
+#pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
       const __m256 input = _mm256_set1_ps(x[r]);
       sum[r][0] = _mm256_fmadd_ps(low, input, sum[r][0]);
       sum[r][1] = _mm256_fmadd_ps(high, input, sum[r][1]);
     }
   }
+#pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
     _mm256_storeu_ps(y + r * kPanel, sum[r][0]);
     _mm256_storeu_ps(y + r * kPanel + kHalf, sum[r][1]);
