@@ -38,7 +38,6 @@ from llmq.quantize import quantize
 SCHEMES = ("w8a8", "w8a8-g64", "w4a16-g32")
 SPARSE = "50 % sparse w8a8"
 EVALUATED = 4096  # tokens of the text; the rest of it is for training
-PROBED = 128  # tokens through which the layers' outputs are compared
 PROBED = 128  # of them, through which the layers' errors are taken
 PROMPT = "In Python, a list is"
 
@@ -47,7 +46,7 @@ PROMPT = "In Python, a list is"
 class Recipe:
     """How the pruned model, and the original beside it, are fine-tuned."""
 
-    steps: int = 60
+    steps: int = 32
     tokens: int = 256  # a sequence
     sequences: int = 2  # a step
     lr: float = 5e-4
