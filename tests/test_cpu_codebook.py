@@ -131,6 +131,24 @@ def test_every_entry_is_looked_up_exactly(M: int, bits: int) -> None:
         assert error <= 3 * torch.as_tensor(split).max(), isa
 
 
+@pytest.mark.parametrize("top", [1.0, 0.25, 2.0**-40, 64.0])
+def test_entries_of_16_bits_are_exact(top: float) -> None:
+    """Entries on the grid that codebook.encode uses come out right to the last bits, however small.
+
+    The largest entry must not decide what the smallest loses, as it does with three digits of a
+    unit of its size.
+    """
+    steps = torch.randperm(1 << 14)[:255] - (1 << 13)
+    table = (torch.cat((torch.tensor([1 << 14]), steps)).float() * 2.0**-14 * top)[None]
+    codes = torch.arange(256).repeat(4, 1).to(torch.uint8)
+    encoded = codebook.CodebookWeight(codes.view(torch.int8), table, torch.ones(4, 1))
+    dense = codebook.decode(*encoded, bits=8, K=256)
+    for isa in each_isa():
+        rows = [ops.codebook_linear(x, *encoded, None, 8) for x in torch.eye(256).split(1)]
+        # Rounded: the digits' sum, the unit, and the product with the input's scale.
+        assert_close(torch.cat(rows), dense.T.double(), dense.T.abs().double() * 4 * 2**-24, isa)
+
+
 @pytest.mark.parametrize("M", [1, 3])
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])
 def test_special_inputs_are_not_lost(special: float, M: int) -> None:

@@ -5,7 +5,7 @@
 // shift and neither mask nor conversion: 3 instructions for 16 weights.
 // 8 bits: one byte of all 64 entries of a block at once, from 256 bytes in 4 registers (2 vpermi2b
 // and a blend). One token takes entries and inputs as three int8 digits each (split_rows): 3 look-ups
-// and 8 vpdpbusd for 64 weights, about 9 cycles, where making floats takes 22 instructions before
+// and 8 vpdpbusd for 64 weights, or 2 and 6 for entries of 16 bits, where making floats takes 22 instructions before
 // any is used, 17 of them on the two shuffle ports: 4 look-ups, then two rounds of interleaving of
 // codes first transposed 4 × 4 a quarter so that the floats come out by input.
 // Several rows share dequantized weights (panel_gemm, 12 rows × 16 outputs in 12 accumulators).
@@ -140,9 +140,8 @@ void panel_gemm(const PanelGemm& g) {
   for (int r = 0; r < kRows; ++r) _mm512_storeu_ps(g.y + r * kPanel, sum[r]);
 }
 
-}  // namespace
-
-void codebook_int8_gemv_avx512vnni(const CodebookInt8Gemv& g) {
+template <bool kThird>
+void int8_gemv(const CodebookInt8Gemv& g) {
   const Bytes table_a(g.digits), table_b(g.digits + 256), table_c(g.digits + 512);
   const uint8_t* weight = g.weight;
   const int8_t* x = g.x;
@@ -169,9 +168,11 @@ void codebook_int8_gemv_avx512vnni(const CodebookInt8Gemv& g) {
       dot4(ba, b, xa);
       dot4(bb, b, xb);
       dot4(bc, b, xc);
-      const __m512i c = look_up(table_c, code, upper);
-      dot4(ca, c, xa);
-      dot4(cb, c, xb);
+      if constexpr (kThird) {
+        const __m512i c = look_up(table_c, code, upper);
+        dot4(ca, c, xa);
+        dot4(cb, c, xb);
+      }
     }
     // Each order is 256 times the next.
     const __m512i orders[4] = {aa, _mm512_add_epi32(ab, ba),
@@ -186,6 +187,12 @@ void codebook_int8_gemv_avx512vnni(const CodebookInt8Gemv& g) {
     y = _mm512_fmadd_ps(sum, _mm512_mul_ps(_mm512_loadu_ps(scale), _mm512_set1_ps(unit)), y);
   }
   _mm512_storeu_ps(g.y, y);
+}
+
+}  // namespace
+
+void codebook_int8_gemv_avx512vnni(const CodebookInt8Gemv& g) {
+  g.third ? int8_gemv<true>(g) : int8_gemv<false>(g);
 }
 
 void codebook_gemv_avx512vnni(const CodebookPanel& p) { p.bits == 8 ? gemv<8>(p) : gemv<4>(p); }

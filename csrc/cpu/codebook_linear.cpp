@@ -37,20 +37,34 @@ struct Codebooks {
     }
   }
 
-  // Its three digits, and what their unit is; 0 where they cannot hold it.
-  float digits() const {
+  // Its digits, three an entry, or two where all entries lie on a grid of 16 bits, as
+  // formats/codebook.py puts them. Fewer look-ups and products are then needed.
+  struct Digits {
+    float unit;  // 0 where three digits cannot hold it
+    bool third;
+  };
+  Digits digits() const {
     float top = 0;
     for (int64_t i = 0; i < 256; ++i) top = std::max(top, std::abs(values[i]));
-    if (!std::all_of(values, values + 256, [](float v) { return std::abs(v) <= 1e30f; })) return 0;
-    if (top < 1e-30f) return 0;
+    if (!std::all_of(values, values + 256, [](float v) { return std::abs(v) <= 1e30f; })) return {};
+    if (top < 1e-30f) return {};
+    int exponent;
+    std::frexp(top, &exponent);
+    const float grid = std::ldexp(1.0f, 15 - exponent);
+    bool third = false;
     for (int64_t i = 0; i < 256; ++i) {
-      const float units = values[i] * (kTop / top);
+      const float steps = values[i] * grid;
+      third |= steps != static_cast<float>(static_cast<int32_t>(steps));
+    }
+    const float units_of_1 = third ? kTop / top : 256 * grid;
+    for (int64_t i = 0; i < 256; ++i) {
+      const float units = values[i] * units_of_1;
       const int32_t digits = static_cast<int32_t>(units + (units < 0 ? -0.5f : 0.5f)) + (1 << 23);
       for (int64_t d = 0; d < 3; ++d) {
         bytes[d * 256 + i] = static_cast<uint8_t>(digits >> (16 - 8 * d));
       }
     }
-    return top / kTop;
+    return {third ? top / kTop : 1 / units_of_1, third};
   }
 
   int64_t size;
@@ -87,8 +101,8 @@ const float* prepare(const Weight& w, int64_t panel) {
 bool run_digits(const Weight& w, const Codebooks& codebooks, const Rows& x, const Result& result) {
   const int64_t segment = segment_of(w.K, w.group(), w.K, kSplitSegment);
   if (w.groups > 1 && segment % w.block() != 0) return false;
-  const float unit = codebooks.digits();
-  if (unit == 0) return false;
+  const Codebooks::Digits entries = codebooks.digits();
+  if (entries.unit == 0) return false;
   const std::optional<Codes> digits = split_floats(x, 0, 1, segment);
   if (!digits.has_value()) return false;
   const CodeTiles tile = code_tiles(*digits, Tiles(1, 1), w.K, segment);
@@ -96,7 +110,8 @@ bool run_digits(const Weight& w, const Codebooks& codebooks, const Rows& x, cons
     alignas(64) float y[kPanel];
     codebook_int8_gemv()({.weight = w.panel(panel),
                           .digits = codebooks.bytes,
-                          .unit = unit,
+                          .third = entries.third,
+                          .unit = entries.unit,
                           .scale = prepare(w, panel),
                           .K = w.K,
                           .segment = segment,

@@ -198,6 +198,7 @@ CodebookPanelFn codebook_gemv_portable, codebook_gemv_avx2, codebook_gemv_avx512
 struct CodebookInt8Gemv {
   const uint8_t* weight;
   const uint8_t* digits;  // [3, 256] a, b and c by stored byte
+  bool third;             // whether any c is not 0
   float unit;
   const float* scale;  // [groups, 16]
   int64_t K, segment, segments_per_group;

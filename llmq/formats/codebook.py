@@ -19,6 +19,7 @@ from llmq.formats.uniform import pack_int4, unpack_int4
 _BINS = 1 << 16  # of the histogram that the levels are fitted to: 256 a level at 8 bits
 _KNOTS = 4096  # of the weights' distribution that the first levels are read from
 _ITERATIONS = 200
+_GRID = 1 << 14  # steps of 256 levels from 0 to 1: levels of 16 bits, two bytes to a kernel
 _TINY = torch.finfo(torch.float32).tiny
 _CHUNK = 1 << 21  # weights counted at once: temporaries stay small, and float32 sums exact enough
 
@@ -126,7 +127,8 @@ def _fit(unit: Tensor, scale: Tensor, count: int) -> Tensor:
         spare = histogram.centres[-1:].expand(count - len(histogram.centres))
         return torch.cat((histogram.centres, spare)).float()
     starts = (_first_levels(histogram, count), uniform)
-    return min((_lloyd(histogram, start) for start in starts), key=histogram.gain).float()
+    levels = min((_lloyd(histogram, start) for start in starts), key=histogram.gain).float()
+    return (levels * _GRID).round() / _GRID if count == 256 else levels
 
 
 def encode(
