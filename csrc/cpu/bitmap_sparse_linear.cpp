@@ -29,7 +29,7 @@ constexpr int64_t kFewRows = 12;
 
 // Panels that are expanded, and that one thread takes, at once: int8_gemm's tile.
 constexpr int64_t kPanels = 4;
-constexpr int64_t kGrain = 1 << 18;  // a thread's start costs about as much as 2^18 products
+constexpr int64_t kGrain = 1 << 20;  // products
 
 struct Weight {
   BitmapPanels kept;
@@ -43,14 +43,9 @@ struct Weight {
 template <class Body>
 void over_outputs(const Weight& w, int64_t rows, const Body& body) {
   const int64_t units = ceil_div(w.N, kPanels * kPanel), products = rows * w.K * kPanels * kPanel;
-  const auto run = [&](int64_t begin, int64_t end) {
+  parallel_units(units, products, kGrain, [&](int64_t begin, int64_t end) {
     body(begin * kPanels * kPanel, std::min(w.N, end * kPanels * kPanel));
-  };
-  if (units * products <= kGrain) {
-    run(0, units);
-  } else {
-    torch::stable::parallel_for(0, units, ceil_div(kGrain, products + 1), run);
-  }
+  });
 }
 
 // Outputs first … last (at most kPanels panels) as panels8 in this thread's scratch.
@@ -178,26 +173,25 @@ void multiply_rows(const Tensor& weight, Dtype dtype, const uint8_t* mask, const
                    int64_t K, const float* x, const Result& result) {
   const int64_t N = result.N, size = dtype == Dtype::f32 ? 4 : 2;
   const auto* values = static_cast<const char*>(weight.const_data_ptr());
-  torch::stable::parallel_for(
-      0, N, ceil_div(kGrain, result.rows * K + 1), [&](int64_t begin, int64_t end) {
-        std::vector<int32_t> column;
-        for (int64_t n = begin; n < end; ++n) {
-          const int64_t count = offsets[n + 1] - offsets[n];
-          float* const kept = scratch<float>(Slot::panel, count);
-          to_float()({values + offsets[n] * size, count, kept, count, 1, count, dtype});
-          column.clear();
-          for (int64_t k = 0; k < K; ++k) {
-            if ((mask[n * ceil_div(K, 8) + k / 8] >> (k % 8) & 1) != 0) {
-              column.push_back(static_cast<int32_t>(k));
-            }
-          }
-          for (int64_t m = 0; m < result.rows; ++m) {
-            float sum = 0;
-            for (int64_t i = 0; i < count; ++i) sum += kept[i] * x[m * K + column[i]];
-            result.y[m * N + n] = sum + (result.bias == nullptr ? 0.0f : result.bias[n]);
-          }
+  parallel_units(N, result.rows * K, kGrain, [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> column;
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t count = offsets[n + 1] - offsets[n];
+      float* const kept = scratch<float>(Slot::panel, count);
+      to_float()({values + offsets[n] * size, count, kept, count, 1, count, dtype});
+      column.clear();
+      for (int64_t k = 0; k < K; ++k) {
+        if ((mask[n * ceil_div(K, 8) + k / 8] >> (k % 8) & 1) != 0) {
+          column.push_back(static_cast<int32_t>(k));
         }
-      });
+      }
+      for (int64_t m = 0; m < result.rows; ++m) {
+        float sum = 0;
+        for (int64_t i = 0; i < count; ++i) sum += kept[i] * x[m * K + column[i]];
+        result.y[m * N + n] = sum + (result.bias == nullptr ? 0.0f : result.bias[n]);
+      }
+    }
+  });
 }
 
 Tensor float_values(const Rows& x, const Tensor& weight, const Tensor& weight_bitmask,

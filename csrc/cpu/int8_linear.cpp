@@ -12,10 +12,8 @@ constexpr const char* kOp = "int8_linear";
 // Tokens a pass: bounds the scratch, and keeps their codes in the second-level cache.
 constexpr int64_t kMaxTokens = 256;
 
-// Panels that a thread takes at once, and the products for which a second thread is woken: that took
-// 10 to 50 us with passive waiting on a two-core EPYC Genoa, this many products 40 us on one core.
-constexpr int64_t kPanels = 4;
-constexpr int64_t kGrain = 1 << 23;
+constexpr int64_t kPanels = 4;       // that a thread takes at once
+constexpr int64_t kGrain = 1 << 23;  // products: 40 us of one core from the second-level cache
 
 }  // namespace
 
@@ -83,13 +81,8 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
         int8_gemm_any_group(gemm, K, group);
       }
     };
-    const int64_t units = ceil_div(N, kPanels * kPanel);
-    const int64_t products = tokens * K * kPanels * kPanel;  // a unit's
-    if (units * products <= kGrain) {
-      run(0, units);
-    } else {
-      torch::stable::parallel_for(0, units, ceil_div(kGrain, products + 1), run);
-    }
+    const int64_t products = tokens * K * kPanels * kPanel;
+    parallel_units(ceil_div(N, kPanels * kPanel), products, kGrain, run);
     if (rows.dtype != Dtype::f32) store_rows(result, N, target, rows.dtype, tokens, N);
   }
   return out;

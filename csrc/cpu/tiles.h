@@ -35,15 +35,9 @@ struct Result {
 // Calls body(panel) for each of the panels, over threads where `products` a panel make it pay.
 template <class Body>
 void for_panels(int64_t panels, int64_t products, const Body& body) {
-  constexpr int64_t kGrain = 1 << 18;  // a thread's start costs about as much as that many products
-  const auto run = [&](int64_t begin, int64_t end) {
+  parallel_units(panels, products, 1 << 20, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) body(p);
-  };
-  if (panels * products <= kGrain) {
-    run(0, panels);
-  } else {
-    torch::stable::parallel_for(0, panels, ceil_div(kGrain, products + 1), run);
-  }
+  });
 }
 
 // Tokens a pass: bounds the scratch and keeps x in the second-level cache; a whole number of tiles.
