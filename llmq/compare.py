@@ -293,9 +293,12 @@ def svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
-def html_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Return an HTML table."""
-    lines = ["<table>", "<tr>" + "".join(f"<th>{html.escape(t)}</th>" for t in head) + "</tr>"]
+def html_table(
+    head: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, text: bool = False
+) -> str:
+    """Return an HTML table of names, and of numbers or `text` behind them."""
+    start = '<table class="text">' if text else "<table>"
+    lines = [start, "<tr>" + "".join(f"<th>{html.escape(t)}</th>" for t in head) + "</tr>"]
     lines += ["<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows]
     return "\n".join([*lines, "</table>"])
 
@@ -309,7 +312,8 @@ def html_page(title: str, parts: list[str], plots: list[str]) -> str:
         "body{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em}"
         "table{border-collapse:collapse;margin:1em 0}"
         "td,th{border-bottom:1px solid #ddd;padding:.3em .8em;text-align:right}"
-        "td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}"
+        "td:first-child,th:first-child,.text td,.text th{text-align:left}"
+        "svg{max-width:100%;height:auto}"
     )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'

@@ -314,11 +314,11 @@ def _setting(record: dict[str, Any]) -> str:
 
 def page(record: dict[str, Any], layers: dict[str, list[LayerError]]) -> str:
     """Return the report as one HTML page without outside files."""
-    names = [(f"{row['name']}: ", row["sample"]) for row in record["rows"]]
+    samples = [(row["name"], row["sample"]) for row in record["rows"]]
     parts = [
         html_table(HEAD, cells(record)),
         f"<p>{recovery_line(record)}</p>",
-        html_table(("model", f"after “{PROMPT}”"), [(n.rstrip(": "), text) for n, text in names]),
+        html_table(("model", f"after “{PROMPT}”"), samples, text=True),
         f"<p><small>{_setting(record)}</small></p>",
     ]
     titles = ("Size and speed", "Error of each layer's output, given the original's input")
