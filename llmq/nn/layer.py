@@ -36,6 +36,17 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
+def call(op: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
+    """Return op(x, …), below autograd where no gradient is wanted.
+
+    Asking autograd costs some 4 us of Python a call, as much as all else around a small layer.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(x, *arguments)
+    with torch._C._AutoDispatchBelowAutograd():  # as torch.library does it
+        return op(x, *arguments)
+
+
 def linear_weight(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Return weight [N, K] and bias [N] or None of a `Linear`, or of a `Conv1D` as in GPT-2.
 

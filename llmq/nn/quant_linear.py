@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llmq import dispatch
 from llmq.formats import codebook, uniform
-from llmq.nn.layer import CompressedLayer, autocast, frozen, linear_weight
+from llmq.nn.layer import CompressedLayer, autocast, call, frozen, linear_weight
 from llmq.scheme import Scheme, resolve_scheme
 
 
@@ -39,6 +39,7 @@ class QuantLinear(CompressedLayer):
         self.in_features = in_features
         self.out_features = out_features
         self.scheme = scheme
+        self._op = scheme.op
         for name in ("weight", "weight_scale", "weight_zero_point", "weight_codebook", "bias"):
             self.register_parameter(name, frozen(tensors.get(name)))
         self._pack()
@@ -84,23 +85,23 @@ class QuantLinear(CompressedLayer):
         return cls(in_features, encoded.weight_scale.shape[0], scheme, tensors)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = autocast(x)
-        scheme = self.scheme
-        group = scheme.activation_group_size or 0
-        if scheme.op == "int8_linear":
-            return torch.ops.llmq.int8_linear(x, self.weight, self.weight_scale, self.bias, group)
-        if scheme.op == "codebook_linear":
-            return torch.ops.llmq.codebook_linear(
-                x, self.weight, self.weight_codebook, self.weight_scale, self.bias, scheme.bits
-            )
-        return torch.ops.llmq.weight_only_linear(
+        x, ops, p = autocast(x), torch.ops.llmq, self._parameters
+        group = self.scheme.activation_group_size or 0
+        if self._op == "int8_linear":
+            op = ops.int8_linear.default
+            return call(op, x, p["weight"], p["weight_scale"], p["bias"], group)
+        codes = (p["weight"], p["weight_scale"])
+        if self._op == "codebook_linear":
+            op, bits = ops.codebook_linear.default, self.scheme.bits
+            return call(op, x, codes[0], p["weight_codebook"], codes[1], p["bias"], bits)
+        return call(
+            ops.weight_only_linear.default,
             x,
-            self.weight,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.bias,
-            scheme.bits,
-            None if scheme.activations is None else group,
+            *codes,
+            p["weight_zero_point"],
+            p["bias"],
+            self.scheme.bits,
+            None if self.scheme.activations is None else group,
         )
 
     def dequantize(self) -> Tensor:

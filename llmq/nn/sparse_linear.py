@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmq import dispatch
 from llmq.formats import bitmap, block, semi_structured, uniform
-from llmq.nn.layer import CompressedLayer, autocast, frozen, linear_weight
+from llmq.nn.layer import CompressedLayer, autocast, call, frozen, linear_weight
 from llmq.nn.quant_linear import QuantLinear
 from llmq.scheme import Pattern, Scheme, parse_pattern, resolve_scheme
 
@@ -150,30 +150,16 @@ class SparseLinear(CompressedLayer):
         group = None
         if self.scheme is not None and self.scheme.activations is not None:
             group = self.scheme.activation_group_size or 0
-        p = self._parameters
+        p, ops = self._parameters, torch.ops.llmq
+        last = (p["weight_scale"], p["bias"], group)
         if p["weight_bitmask"] is not None:
-            return torch.ops.llmq.bitmap_sparse_linear(
-                x,
-                self.weight,
-                p["weight_bitmask"],
-                p["row_offsets"],
-                self.weight_scale,
-                self.bias,
-                group,
-            )
+            op, places = ops.bitmap_sparse_linear.default, (p["weight_bitmask"], p["row_offsets"])
+            return call(op, x, p["weight"], *places, *last)
         if p["weight_meta"] is not None:
-            return torch.ops.llmq.semi_structured_linear(
-                x, self.weight, p["weight_meta"], self.weight_scale, self.bias, group
-            )
-        return torch.ops.llmq.block_sparse_linear(
-            x,
-            self.weight,
-            p["block_index"],
-            p["block_offsets"],
-            self.weight_scale,
-            self.bias,
-            group,
-        )
+            op = ops.semi_structured_linear.default
+            return call(op, x, p["weight"], p["weight_meta"], *last)
+        op, places = ops.block_sparse_linear.default, (p["block_index"], p["block_offsets"])
+        return call(op, x, p["weight"], *places, *last)
 
     def _held(self) -> dict[str, Tensor]:
         return {n: p.data for n, p in self._parameters.items() if p is not None}
