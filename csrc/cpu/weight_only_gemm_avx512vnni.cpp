@@ -25,32 +25,44 @@ __m512i broadcast4(const int8_t* x) {
   return _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(x));
 }
 
+// sums += 4 products u8 · s8 a lane. Not the intrinsic: around it GCC 12 copies the accumulators.
+void dot4(__m512i& sums, __m512i weight, __m512i x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weight), "v"(x));
+}
+
 // vpdpbusd has a latency of 4 cycles: few rows take several blocks at a time, one chain each.
 constexpr int chains(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 
+template <int kRows>
+struct Dots {
+  __m512i of[chains(kRows)][kRows];
+};
+
 template <int kBits, int kRows, int kBlocks>
-void multiply(__m512i (&dot)[chains(kRows)][kRows], const uint8_t* weight, const int8_t* x) {
+[[gnu::always_inline]] inline void multiply(Dots<kRows>& dots, const uint8_t* weight,
+                                            const int8_t* x) {
   const __m512i low_nibbles = _mm512_set1_epi8(15);
   constexpr int kChains = chains(kRows);
+#pragma GCC unroll 4
   for (int b = 0; b < kBlocks; ++b) {
     const __m512i block = _mm512_loadu_si512(weight + b * kBlockBytes);
     _mm_prefetch(reinterpret_cast<const char*>(weight + b * kBlockBytes + kAhead), _MM_HINT_T0);
     if constexpr (kBits == 8) {
+#pragma GCC unroll 12
       for (int r = 0; r < kRows; ++r) {
-        __m512i& sum = dot[b % kChains][r];
-        sum = _mm512_dpbusd_epi32(sum, block, broadcast4(x + (b * kRows + r) * 4));
+        dot4(dots.of[b % kChains][r], block, broadcast4(x + (b * kRows + r) * 4));
       }
     } else {
       const __m512i low = _mm512_and_si512(block, low_nibbles);
       const __m512i high = _mm512_and_si512(_mm512_srli_epi16(block, 4), low_nibbles);
       const int8_t* const inputs = x + b * kRows * 8;
+#pragma GCC unroll 12
       for (int r = 0; r < kRows; ++r) {
-        __m512i& sum = dot[2 * b % kChains][r];
-        sum = _mm512_dpbusd_epi32(sum, low, broadcast4(inputs + r * 4));
+        dot4(dots.of[2 * b % kChains][r], low, broadcast4(inputs + r * 4));
       }
+#pragma GCC unroll 12
       for (int r = 0; r < kRows; ++r) {
-        __m512i& sum = dot[(2 * b + 1) % kChains][r];
-        sum = _mm512_dpbusd_epi32(sum, high, broadcast4(inputs + (kRows + r) * 4));
+        dot4(dots.of[(2 * b + 1) % kChains][r], high, broadcast4(inputs + (kRows + r) * 4));
       }
     }
   }
@@ -60,7 +72,7 @@ template <int kBits, int kRows>
 void gemm(const WeightOnlyInt8Gemm& g) {
   constexpr int kInputs = 32 / kBits;  // a block
   constexpr int kChains = chains(kRows);
-  constexpr int kUnroll = kChains * kBits / 8 > 1 ? kChains * kBits / 8 : 1;
+  constexpr int kUnroll = kRows <= 4 ? 4 : 1;  // a group of 32 inputs at 4 bits
   const uint8_t* weight = g.weight;
   const int8_t* x = g.x;
   const float* x_scale = g.x_scale;
@@ -69,32 +81,38 @@ void gemm(const WeightOnlyInt8Gemm& g) {
   const int32_t* zero = g.zero;
   int64_t left_in_group = g.segments_per_group;
   __m512 y[kRows];
-  for (auto& row : y) row = _mm512_setzero_ps();
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) y[r] = _mm512_setzero_ps();
 
   for (int64_t k = 0; k < g.K; k += g.segment) {
     const int64_t inputs = g.K - k < g.segment ? g.K - k : g.segment;
     int64_t blocks = ceil_div(inputs, kInputs);
     const __m512i zeros = _mm512_loadu_si512(zero);
-    __m512i dot[kChains][kRows];
+    Dots<kRows> dots;
+#pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
-      dot[0][r] = _mm512_mullo_epi32(zeros, _mm512_set1_epi32(x_sum[r]));
-      for (int c = 1; c < kChains; ++c) dot[c][r] = _mm512_setzero_si512();
+      dots.of[0][r] = _mm512_mullo_epi32(zeros, _mm512_set1_epi32(x_sum[r]));
+#pragma GCC unroll 4
+      for (int c = 1; c < kChains; ++c) dots.of[c][r] = _mm512_setzero_si512();
     }
     for (; blocks >= kUnroll; blocks -= kUnroll) {
-      multiply<kBits, kRows, kUnroll>(dot, weight, x);
+      multiply<kBits, kRows, kUnroll>(dots, weight, x);
       weight += kUnroll * kBlockBytes;
       x += kUnroll * kInputs * kRows;
     }
     for (; kUnroll > 1 && blocks > 0; --blocks) {
-      multiply<kBits, kRows, 1>(dot, weight, x);
+      multiply<kBits, kRows, 1>(dots, weight, x);
       weight += kBlockBytes;
       x += kInputs * kRows;
     }
     const __m512 scales = _mm512_loadu_ps(scale);
+#pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
-      for (int c = 1; c < kChains; ++c) dot[0][r] = _mm512_add_epi32(dot[0][r], dot[c][r]);
+      __m512i dot = dots.of[0][r];
+#pragma GCC unroll 4
+      for (int c = 1; c < kChains; ++c) dot = _mm512_add_epi32(dot, dots.of[c][r]);
       const __m512 both = _mm512_mul_ps(scales, _mm512_set1_ps(x_scale[r]));
-      y[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[0][r]), both, y[r]);
+      y[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), both, y[r]);
     }
     x_scale += kRows;
     x_sum += kRows;
@@ -111,6 +129,7 @@ void gemm(const WeightOnlyInt8Gemm& g) {
       left_in_group = g.segments_per_group;
     }
   }
+#pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) _mm512_storeu_ps(g.y + r * kPanel, y[r]);
 }
 
