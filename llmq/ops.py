@@ -103,6 +103,17 @@ def _canonical(weight: Tensor, bits: int, N: int, K: int) -> Tensor:
     return torch.ops.llmq.unpack_panels(weight, bits, N, K) if weight.dim() == 4 else weight
 
 
+def pack_scales(scale: Tensor) -> Tensor:
+    """Return scales or zero points [N, G] as CPU panels [N / 16, G, 16]; 16 divides N."""
+    N, G = scale.shape
+    return scale.view(N // 16, 16, G).transpose(1, 2).contiguous()
+
+
+def unpack_scales(scale: Tensor) -> Tensor:
+    """Return scales or zero points [N, G], whether or not they stand in panels [N / 16, G, 16]."""
+    return scale if scale.dim() != 3 else scale.transpose(1, 2).reshape(-1, scale.shape[1])
+
+
 def _float_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y = x Wᵀ accumulated in float32 and returned in x's dtype; weight is float32 [N, K]."""
     return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
@@ -281,7 +292,7 @@ class _WeightOnlyLinear(NamedTuple):
     def check(self) -> int:
         op, zero_point = "weight_only_linear", self.weight_zero_point
         K = _check_x(op, self.x, self.weight, self.weight_scale, zero_point, self.bias)
-        N = _check_scale(op, K, self.weight_scale, self.bias)
+        N = _check_scale(op, K, unpack_scales(self.weight_scale), self.bias)
         if zero_point is not None:
             _check(
                 zero_point.shape == self.weight_scale.shape and zero_point.dtype == torch.int8,
@@ -296,18 +307,19 @@ class _WeightOnlyLinear(NamedTuple):
     def _decode(self, scale: Tensor) -> Tensor:
         K = self.x.shape[-1]
         codes = _canonical(self.weight, self.bits, scale.shape[0], K)
-        return uniform.decode(codes, scale, self.weight_zero_point, bits=self.bits, K=K)
+        zero_point = self.weight_zero_point
+        zero_point = None if zero_point is None else unpack_scales(zero_point)
+        return uniform.decode(codes, scale, zero_point, bits=self.bits, K=K)
 
     def reference(self) -> Tensor:
         if self.activation_group_size is None:
             return _float_linear(self.x, self.dense(), self.bias)
-        integers = self._decode(torch.ones_like(self.weight_scale))
-        return _coded_linear(
-            self.x, integers, self.weight_scale, self.bias, self.activation_group_size
-        )
+        scale = unpack_scales(self.weight_scale)
+        integers = self._decode(torch.ones_like(scale))
+        return _coded_linear(self.x, integers, scale, self.bias, self.activation_group_size)
 
     def dense(self) -> Tensor:
-        return self._decode(self.weight_scale)
+        return self._decode(unpack_scales(self.weight_scale))
 
 
 _define(
@@ -332,7 +344,7 @@ class _CodebookLinear(NamedTuple):
     def check(self) -> int:
         op, table = "codebook_linear", self.weight_codebook
         K = _check_x(op, self.x, self.weight, table, self.weight_scale, self.bias)
-        N = _check_scale(op, K, self.weight_scale, self.bias)
+        N = _check_scale(op, K, unpack_scales(self.weight_scale), self.bias)
         _check_codes(op, self.weight, self.bits, N, K)
         _check(
             table.dtype == torch.float32
@@ -347,9 +359,9 @@ class _CodebookLinear(NamedTuple):
         return _float_linear(self.x, self.dense(), self.bias)
 
     def dense(self) -> Tensor:
-        K, N = self.x.shape[-1], self.weight_scale.shape[0]
-        codes = _canonical(self.weight, self.bits, N, K)
-        return codebook.decode(codes, self.weight_codebook, self.weight_scale, bits=self.bits, K=K)
+        K, scale = self.x.shape[-1], unpack_scales(self.weight_scale)
+        codes = _canonical(self.weight, self.bits, scale.shape[0], K)
+        return codebook.decode(codes, self.weight_codebook, scale, bits=self.bits, K=K)
 
 
 _define(

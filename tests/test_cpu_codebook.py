@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmq.formats import codebook
 from llmq.formats.uniform import pack_int4
+from llmq.ops import pack_scales
 from tests.cpu_isas import assert_close, available, each_isa, float_tolerance
 
 ops = torch.ops.llmq
@@ -72,6 +73,9 @@ def _check(x: Tensor, encoded: codebook.CodebookWeight, bias: Tensor | None, bit
             y = ops.codebook_linear(x, stored, table, scale, bias, bits)
             assert y.dtype == x.dtype
             assert_close(y, expected, tolerance, f"{isa}, {stored.dim()}-D weight")
+            if scale.shape[0] % 16 == 0:
+                same = ops.codebook_linear(x, stored, table, pack_scales(scale), bias, bits)
+                assert torch.equal(same, y), f"{isa}, scales in panels"
 
 
 def test_every_instruction_set_of_this_cpu_runs() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmq.formats import activation, uniform
+from llmq.ops import pack_scales
 from tests.cpu_isas import assert_close, available, each_isa, float_tolerance, stored_tolerance
 
 ops = torch.ops.llmq
@@ -100,6 +101,10 @@ def _check(
             y = ops.weight_only_linear(x, stored, scale, zero, bias, bits, activation_group)
             assert y.dtype == x.dtype
             assert_close(y, expected, tolerance, f"{isa}, {layout}")
+            if scale.shape[0] % 16 == 0:
+                panels = [None if t is None else pack_scales(t) for t in (scale, zero)]
+                same = ops.weight_only_linear(x, stored, *panels, bias, bits, activation_group)
+                assert torch.equal(same, y), f"{isa}, {layout}, scales in panels"
 
 
 def test_every_instruction_set_of_this_cpu_runs() -> None:

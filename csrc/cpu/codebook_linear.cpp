@@ -75,7 +75,8 @@ struct Codebooks {
 
 struct Weight {
   const uint8_t* panels;
-  const float* scale;  // [N, groups]
+  const float* scale;  // [N, groups], or in panels
+  bool in_panels;
   int64_t bits, N, K, groups;
 
   int64_t group() const { return std::max<int64_t>(K / groups, 1); }
@@ -86,6 +87,7 @@ struct Weight {
 // The scales of a panel turned into Slot::panel of this thread.
 const float* prepare(const Weight& w, int64_t panel) {
   const int64_t first = panel * kPanel;
+  if (w.in_panels) return w.scale + first * w.groups;
   float* const scale = scratch<float>(Slot::panel, w.groups * kPanel);
   panel_scales()({.scale = w.scale + first * w.groups,
                   .zero_point = nullptr,
@@ -166,12 +168,9 @@ void run_float(const Weight& w, const Codebooks& codebooks, const Rows& x, int64
 Tensor codebook_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_codebook,
                        const Tensor& weight_scale, const OptionalTensor& bias, int64_t bits) {
   const Rows rows = rows_of(kOp, x);
-  LLMQ_CHECK(weight_scale.dim() == 2, kOp, "weight_scale must be [N, groups]");
-  const int64_t M = rows.M, N = weight_scale.size(0), K = rows.K, groups = weight_scale.size(1);
-  LLMQ_CHECK(groups > 0 && K % groups == 0, kOp, "weight_scale has ", groups,
-             " groups, which do not divide K=", K);
+  const Scales scales(kOp, weight_scale, rows.K);
+  const int64_t M = rows.M, N = scales.N, K = rows.K;
   const uint8_t* const weights = panels(kOp, weight, bits, N, K);
-  const float* const scales = float_data(kOp, "weight_scale", weight_scale);
   const float* const table = float_data(kOp, "weight_codebook", weight_codebook);
   LLMQ_CHECK(weight_codebook.dim() == 2 &&
                  (weight_codebook.size(0) == 1 || weight_codebook.size(0) == N) &&
@@ -183,7 +182,7 @@ Tensor codebook_linear(const Tensor& x, const Tensor& weight, const Tensor& weig
   announce(kOp, M, N, K);
 
   const Codebooks codebooks(table, weight_codebook.size(0), bits);
-  const Weight w{weights, scales, bits, N, K, groups};
+  const Weight w{weights, scales.data, scales.in_panels(), bits, N, K, scales.groups};
   const bool digits = M == 1 && bits == 8 && codebooks.shared && codebook_int8_gemv() != nullptr;
   for (int64_t m = 0; m < M; m += kPassRows) {
     const Result result(y, rows, m, std::min(kPassRows, M - m), N, biases);

@@ -112,8 +112,8 @@ inline constexpr int64_t kTile = 12;
 
 // Turns the scales of a panel so that a register holds those of its 16 outputs; absent outputs get 0.
 struct PanelScales {
-  const float* scale;        // [lanes, groups]
-  const int8_t* zero_point;  // [lanes, groups] or null
+  const float* scale;        // [lanes, groups]; null where scales stand in panels already
+  const int8_t* zero_point;  // [lanes, groups], or [groups, 16] where scale is null; or null
   int64_t lanes, groups;
   int bits;             // null zero_point: code 0 (bits 8) or 8 (bits 4); 0: no zero points wanted
   float* scale_panel;   // [groups, 16]

@@ -7,6 +7,16 @@
 
 namespace llmq {
 
+Scales::Scales(const char* op, const Tensor& weight_scale, int64_t K)
+    : data(float_data(op, "weight_scale", weight_scale)), panels(weight_scale.dim() == 3) {
+  LLMQ_CHECK(weight_scale.dim() == 2 || (panels && weight_scale.size(2) == kPanel), op,
+             "weight_scale must be [N, groups] or panels [N / 16, groups, 16]");
+  N = weight_scale.size(0) * (panels ? kPanel : 1);
+  groups = weight_scale.size(1);
+  LLMQ_CHECK(groups > 0 && K % groups == 0, op, "weight_scale has ", groups,
+             " groups, which do not divide K=", K);
+}
+
 Result::Result(const Tensor& out, const Rows& x, int64_t m, int64_t rows, int64_t N,
                const float* bias)
     : target(static_cast<char*>(out.mutable_data_ptr()) + m * N * x.element_size()),

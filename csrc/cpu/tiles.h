@@ -18,6 +18,17 @@ struct Tiles {
   int64_t rows, count;
 };
 
+// Scales of groups of inputs: canonical [N, groups], or panels [ceil(N/16), groups, 16] of whole
+// panels, which spare each call their transposition.
+struct Scales {
+  Scales(const char* op, const Tensor& weight_scale, int64_t K);
+  bool in_panels() const { return panels || (groups == 1 && N % kPanel == 0); }
+
+  const float* data;
+  int64_t N, groups;
+  bool panels;
+};
+
 // y [rows, N] of one pass in float32: the output itself, or scratch that `store` converts into it.
 struct Result {
   Result(const Tensor& y, const Rows& x, int64_t m, int64_t rows, int64_t N, const float* bias);

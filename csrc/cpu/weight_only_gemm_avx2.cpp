@@ -247,6 +247,17 @@ void panel_scales_avx2(const PanelScales& p) {
   const int64_t whole = p.lanes == kPanel ? p.groups / 8 * 8 : 0;
   const int32_t stored_zero = p.bits == 8 ? 128 : p.zero_point == nullptr ? 8 : 0;
   const __m256i offset = _mm256_set1_epi32(stored_zero);
+  if (p.scale == nullptr) {
+    for (int64_t i = 0; i < p.groups * kPanel; i += 8) {
+      __m256i zero = _mm256_setzero_si256();
+      if (p.zero_point != nullptr) {
+        const auto* const eight = reinterpret_cast<const __m128i*>(p.zero_point + i);
+        zero = _mm256_cvtepi8_epi32(_mm_loadl_epi64(eight));
+      }
+      store(p.zero_panel + i, _mm256_add_epi32(zero, offset));
+    }
+    return;
+  }
   __m256i rows[8];
   for (int64_t g = 0; g < whole; g += 8) {
     for (int64_t half = 0; half < kPanel; half += kHalf) {

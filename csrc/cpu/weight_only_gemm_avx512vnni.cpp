@@ -183,6 +183,17 @@ void weight_only_int8_gemm_avx512vnni(const WeightOnlyInt8Gemm& g) {
 void panel_scales_avx512vnni(const PanelScales& p) {
   const int32_t stored_zero = p.bits == 8 ? 128 : p.zero_point == nullptr ? 8 : 0;
   const __m512i offset = _mm512_set1_epi32(stored_zero);
+  if (p.scale == nullptr) {
+    for (int64_t i = 0; i < p.groups * kPanel; i += 16) {
+      __m512i zero = _mm512_setzero_si512();
+      if (p.zero_point != nullptr) {
+        const auto* const sixteen = reinterpret_cast<const __m128i*>(p.zero_point + i);
+        zero = _mm512_cvtepi8_epi32(_mm_loadu_si128(sixteen));
+      }
+      _mm512_storeu_si512(p.zero_panel + i, _mm512_add_epi32(zero, offset));
+    }
+    return;
+  }
   __m512i rows[16];
   for (int64_t g = 0; g < p.groups; g += 16) {
     const int64_t count = p.groups - g < 16 ? p.groups - g : 16;

@@ -159,6 +159,12 @@ void panel_gemm_portable(const PanelGemm& g) {
 
 void panel_scales_portable(const PanelScales& p) {
   const int32_t stored_zero = p.bits == 8 ? 128 : p.zero_point == nullptr ? 8 : 0;
+  if (p.scale == nullptr) {
+    for (int64_t i = 0; i < p.groups * kPanel; ++i) {
+      p.zero_panel[i] = stored_zero + (p.zero_point == nullptr ? 0 : p.zero_point[i]);
+    }
+    return;
+  }
   for (int64_t n = 0; n < kPanel; ++n) {
     const bool present = n < p.lanes;
     for (int64_t g = 0; g < p.groups; ++g) {

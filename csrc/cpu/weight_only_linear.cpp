@@ -17,8 +17,9 @@ constexpr int64_t kLongestSegment = 1 << 14;
 
 struct Weight {
   const uint8_t* panels;
-  const float* scale;        // [N, groups]
-  const int8_t* zero_point;  // [N, groups] or null
+  const float* scale;        // [N, groups], or in panels
+  const int8_t* zero_point;  // likewise, or null
+  bool in_panels;
   int64_t bits, N, K, groups;
 
   int64_t group() const { return K / groups; }
@@ -37,14 +38,15 @@ Panel prepare(const Weight& w, int64_t panel) {
   float* const scale = scratch<float>(Slot::panel, 2 * w.groups * kPanel);
   auto* const zero = reinterpret_cast<int32_t*>(scale + w.groups * kPanel);
   const int64_t first = panel * kPanel;
-  panel_scales()({.scale = w.scale + first * w.groups,
+  const float* const source = w.scale + first * w.groups;
+  panel_scales()({.scale = w.in_panels ? nullptr : source,
                   .zero_point = w.zero_point == nullptr ? nullptr : w.zero_point + first * w.groups,
                   .lanes = std::min(kPanel, w.N - first),
                   .groups = w.groups,
                   .bits = static_cast<int>(w.bits),
                   .scale_panel = scale,
                   .zero_panel = zero});
-  return {w.panels + panel * w.panel_bytes(), scale, zero};
+  return {w.panels + panel * w.panel_bytes(), w.in_panels ? source : scale, zero};
 }
 
 void run_codes(const Weight& w, const Codes& c, int64_t segment, const Result& result) {
@@ -129,22 +131,22 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& weight, const Tensor& w
                           const OptionalTensor& weight_zero_point, const OptionalTensor& bias,
                           int64_t bits, std::optional<int64_t> activation_group_size) {
   const Rows rows = rows_of(kOp, x);
-  LLMQ_CHECK(weight_scale.dim() == 2, kOp, "weight_scale must be [N, groups]");
-  const int64_t M = rows.M, N = weight_scale.size(0), K = rows.K, groups = weight_scale.size(1);
-  LLMQ_CHECK(groups > 0 && K % groups == 0, kOp, "weight_scale has ", groups,
-             " groups, which do not divide K=", K);
+  const Scales scales(kOp, weight_scale, rows.K);
+  const int64_t M = rows.M, N = scales.N, K = rows.K;
   Weight w{panels(kOp, weight, bits, N, K),
-           float_data(kOp, "weight_scale", weight_scale),
+           scales.data,
            nullptr,
+           scales.in_panels(),
            bits,
            N,
            K,
-           groups};
+           scales.groups};
   if (weight_zero_point.has_value()) {
     const Tensor& zero = *weight_zero_point;
-    LLMQ_CHECK(zero.scalar_type() == ScalarType::Char && zero.dim() == 2 && zero.size(0) == N &&
-                   zero.size(1) == groups && zero.is_contiguous(),
-               kOp, "weight_zero_point must be contiguous int8 [", N, ", ", groups, "]");
+    bool same = zero.dim() == weight_scale.dim();
+    for (int64_t i = 0; same && i < zero.dim(); ++i) same = zero.size(i) == weight_scale.size(i);
+    LLMQ_CHECK(same && zero.scalar_type() == ScalarType::Char && zero.is_contiguous(), kOp,
+               "weight_zero_point must be contiguous int8 of weight_scale's shape");
     w.zero_point = static_cast<const int8_t*>(zero.const_data_ptr());
   }
   const int64_t x_group = activation_group_size.value_or(0);

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from llmq import dispatch
 from llmq.formats import codebook, uniform
 from llmq.nn.layer import CompressedLayer, autocast, call, frozen, linear_weight
+from llmq.ops import pack_scales, unpack_scales
 from llmq.scheme import Scheme, resolve_scheme
+
+_SCALES = ("weight_scale", "weight_zero_point")  # that kernels read in panels too
 
 
 class QuantLinear(CompressedLayer):
@@ -121,6 +124,7 @@ class QuantLinear(CompressedLayer):
             tensors["weight"] = torch.ops.llmq.unpack_panels(
                 tensors["weight"], self.scheme.bits, self.out_features, self.in_features
             )
+            tensors.update({n: unpack_scales(tensors[n]) for n in _SCALES if n in tensors})
         return tensors
 
     def _panels(self) -> dict[str, Tensor] | None:
@@ -133,6 +137,8 @@ class QuantLinear(CompressedLayer):
         ):
             return None
         tensors["weight"] = torch.ops.llmq.pack_panels(weight, self.scheme.bits)
+        if self.scheme.group_size is not None and self.out_features % 16 == 0:
+            tensors.update({n: pack_scales(tensors[n]) for n in _SCALES if n in tensors})
         return tensors
 
     def kernel(self, M: int, dtype: torch.dtype = torch.float32) -> dispatch.Kernel:

@@ -153,13 +153,13 @@ class SparseLinear(CompressedLayer):
         p, ops = self._parameters, torch.ops.llmq
         last = (p["weight_scale"], p["bias"], group)
         if p["weight_bitmask"] is not None:
-            op, places = ops.bitmap_sparse_linear.default, (p["weight_bitmask"], p["row_offsets"])
-            return call(op, x, p["weight"], *places, *last)
+            op = ops.bitmap_sparse_linear.default
+            return call(op, x, p["weight"], p["weight_bitmask"], p["row_offsets"], *last)
         if p["weight_meta"] is not None:
             op = ops.semi_structured_linear.default
             return call(op, x, p["weight"], p["weight_meta"], *last)
-        op, places = ops.block_sparse_linear.default, (p["block_index"], p["block_offsets"])
-        return call(op, x, p["weight"], *places, *last)
+        op = ops.block_sparse_linear.default
+        return call(op, x, p["weight"], p["block_index"], p["block_offsets"], *last)
 
     def _held(self) -> dict[str, Tensor]:
         return {n: p.data for n, p in self._parameters.items() if p is not None}
