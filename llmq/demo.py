@@ -1,4 +1,4 @@
-"""`llmq demo`: a real language model compressed in five ways, and what each costs and gives."""
+"""`llmq demo`: a real language model compressed in several ways, and what each costs and gives."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from llmq.prune import prune
 from llmq.quantize import quantize
 
 SCHEMES = ("w8a8", "w8a8-g64", "w4a16-g32")
+WHOLE = "w8a8-g64, skip=()"  # embeddings and output layer too
 SPARSE = "50 % sparse w8a8"
 EVALUATED = 4096  # tokens of the text; the rest of it is for training
 PROBED = 128  # of them, through which the layers' errors are taken
@@ -100,6 +101,7 @@ def run(folder: Path, *, quick: bool = False, fresh: bool = False) -> dict[str, 
     models = {"float32": original}
     for scheme in SCHEMES:
         models[scheme] = quantize(copy.deepcopy(original), scheme=scheme)
+    models[WHOLE] = quantize(copy.deepcopy(original), scheme="w8a8-g64", skip=())
     recovery, models[SPARSE] = recovered(original, evaluated, trained, recipe, fresh=fresh)
     quality = qualities(models, evaluated)
     speed = bench.model_speeds(models, rounds=1 if quick else 3)
@@ -327,13 +329,17 @@ def page(record: dict[str, Any], layers: dict[str, list[LayerError]]) -> str:
     return html_page(f"llmq demo: {record['model']}", parts, titled or [""])
 
 
+def _two_lines(name: str) -> str:
+    return name.replace(" w8", "\nw8").replace(", ", ",\n")
+
+
 def _plots(record: dict[str, Any]) -> list[str]:
     figure = new_figure(9, 3.8)
     if figure is None:
         return [""]
     rows = record["rows"]
     left, right = figure.subplots(1, 2)
-    for row, marker in zip(rows, "oDs^v", strict=True):
+    for row, marker in zip(rows, "oDs^Pv", strict=True):
         left.scatter(row["megabytes"], row["perplexity"], marker=marker, s=50, label=row["name"])
     left.set_xlabel("checkpoint, MB")
     left.set_ylabel("perplexity")
@@ -346,7 +352,7 @@ def _plots(record: dict[str, Any]) -> list[str]:
         bars = right.bar([p + offset for p in places], times, width=0.38, label=what)
         right.bar_label(bars, fmt="%.1f", fontsize=7)
     right.axhline(1.0, color="black", linewidth=0.5)
-    right.set_xticks(list(places), [r["name"].replace(" w8", "\nw8") for r in rows], fontsize=7)
+    right.set_xticks(list(places), [_two_lines(r["name"]) for r in rows], fontsize=7)
     right.set_ylabel("times as fast as float32")
     right.legend(fontsize=8)
     return [svg(figure)]
