@@ -11,7 +11,7 @@ namespace llmq {
 namespace {
 
 // Bytes ahead that masks and kept bytes are fetched: the address depends on the popcounts before it.
-constexpr int64_t kAhead = 1024;
+constexpr int64_t kAhead = 4096, kMaskAhead = 1024;
 
 constexpr int64_t kTokens = 12;
 
@@ -25,7 +25,7 @@ __m512i next_block(const uint8_t*& weight, const uint8_t* mask) {
   __m512i kept = _mm512_loadu_si512(weight);
   asm("" : "+v"(kept));  // vpexpandb from memory is microcoded on AMD, and GCC would fold the load
   weight += _mm_popcnt_u64(bits);
-  _mm_prefetch(reinterpret_cast<const char*>(weight) + kAhead, _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(weight) + kAhead, _MM_HINT_T1);
   return _mm512_mask_expand_epi8(_mm512_set1_epi8(static_cast<char>(0x80)), _cvtu64_mask64(bits),
                                  kept);
 }
@@ -53,7 +53,7 @@ void tile(const Int8Gemm& g, const uint8_t* weight, const uint8_t* mask, int64_t
     }
     int64_t i = 0;
     for (; i + 4 <= group_blocks; i += 4) {
-      _mm_prefetch(reinterpret_cast<const char*>(mask) + kAhead, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(mask) + kMaskAhead, _MM_HINT_T1);
 #pragma GCC unroll 4
       for (int b = 0; b < 4; ++b) {
         const __m512i w = next_block(weight, mask + 8 * b);
@@ -109,7 +109,7 @@ void bitmap_gemm_avx512vnni(const BitmapGemm& b) {
 void bitmap_expand_avx512vnni(const BitmapExpand& e) {
   const uint8_t* weight = e.weight;
   for (int64_t i = 0; i < e.blocks; ++i) {
-    _mm_prefetch(reinterpret_cast<const char*>(e.mask + 8 * i) + kAhead, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(e.mask + 8 * i) + kMaskAhead, _MM_HINT_T1);
     _mm512_storeu_si512(e.panels + i * kBlockBytes, next_block(weight, e.mask + 8 * i));
   }
 }

@@ -16,7 +16,7 @@
 namespace llmq {
 namespace {
 
-constexpr int64_t kAhead = 1024;  // bytes between the block in use and the one to fetch
+constexpr int64_t kAhead = 4096;  // bytes between the block in use and the one to fetch
 
 template <int kBits>
 struct Table;
@@ -72,7 +72,7 @@ void gemv(const CodebookPanel& p) {
     __m512 sum[4];
     for (auto& chain : sum) chain = _mm512_setzero_ps();
     for (int64_t i = k; i < k + p.group; i += kInputs, weight += kBlockBytes) {
-      _mm_prefetch(reinterpret_cast<const char*>(weight + kAhead), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(weight + kAhead), _MM_HINT_T1);
       __m512 value[kInputs];
       table(_mm512_loadu_si512(weight), value);
       for (int j = 0; j < kInputs; ++j) {
@@ -157,7 +157,7 @@ void int8_gemv(const CodebookInt8Gemv& g) {
     const int64_t end = g.K - k < g.segment ? g.K : k + g.segment;
     for (int64_t i = k; i < end; i += 4, weight += kBlockBytes, x += 12) {
       const __m512i code = _mm512_loadu_si512(weight);
-      _mm_prefetch(reinterpret_cast<const char*>(weight + kAhead), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(weight + kAhead), _MM_HINT_T1);
       const __mmask64 upper = _mm512_movepi8_mask(code);
       const __m512i xa = broadcast4(x), xb = broadcast4(x + 4), xc = broadcast4(x + 8);
       const __m512i a = look_up(table_a, code, upper);

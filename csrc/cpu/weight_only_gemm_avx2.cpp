@@ -14,7 +14,7 @@ namespace llmq {
 namespace {
 
 constexpr int64_t kHalf = 8;      // outputs a register; a block of a panel is two
-constexpr int64_t kAhead = 1024;  // bytes between the block in use and the one to fetch
+constexpr int64_t kAhead = 4096;  // bytes between the block in use and the one to fetch
 
 __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
@@ -79,7 +79,7 @@ void int8_gemm(const WeightOnlyInt8Gemm& g, int64_t row, int64_t half) {
       dot[r] = _mm256_mullo_epi32(zeros, _mm256_set1_epi32(x_sum[r]));
     }
     for (int64_t i = 0; i < inputs; i += kInputs) {
-      _mm_prefetch(reinterpret_cast<const char*>(weight + kAhead), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(weight + kAhead), _MM_HINT_T1);
       multiply<kBits, kRows>(dot, weight, x, stride);
       weight += kBlockBytes;
       x += kInputs / 4 * stride;

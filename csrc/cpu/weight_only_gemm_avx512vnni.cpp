@@ -15,8 +15,9 @@
 namespace llmq {
 namespace {
 
-// Bytes between the block in use and the one to fetch: covers memory latency at 16 bytes a cycle.
-constexpr int64_t kAhead = 2048;
+// Bytes between the block in use and the one to fetch, into the second-level cache: it waits for more
+// lines at once than the first, and one stream must have some 50 under way.
+constexpr int64_t kAhead = 8192;
 
 // What max|x| becomes: 127 below the largest sum of three digits, so that rounding cannot pass it.
 constexpr float kTop = 0x7f7f00;
@@ -46,7 +47,7 @@ template <int kBits, int kRows, int kBlocks>
 #pragma GCC unroll 4
   for (int b = 0; b < kBlocks; ++b) {
     const __m512i block = _mm512_loadu_si512(weight + b * kBlockBytes);
-    _mm_prefetch(reinterpret_cast<const char*>(weight + b * kBlockBytes + kAhead), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(weight + b * kBlockBytes + kAhead), _MM_HINT_T1);
     if constexpr (kBits == 8) {
 #pragma GCC unroll 12
       for (int r = 0; r < kRows; ++r) {
