@@ -29,6 +29,14 @@ ISA_FLAGS = {
         "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512vbmi -mavx512vbmi2 "
         "-mavx2 -mfma -mf16c"
     ),
+    "_neondot": "-march=armv8.2-a+dotprod",
+    "_i8mm": "-march=armv8.2-a+dotprod+i8mm",
+}
+ISAS = {  # of each machine; its portable kernels are there besides
+    "x86_64": ("_avx2", "_avx512vnni"),
+    "amd64": ("_avx2", "_avx512vnni"),
+    "aarch64": ("_neondot", "_i8mm"),
+    "arm64": ("_neondot", "_i8mm"),
 }
 # No contraction: x·y + z must round the same on every instruction set; kernels ask for FMA by name.
 FLAGS = (
@@ -41,8 +49,9 @@ FLAGS = (
 def sources() -> list[Path]:
     """Every C++ source of this platform; instruction-set files only where they can run."""
     found = [ROOT / "csrc" / "ops.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return [path for path in found if x86 or not path.stem.endswith(tuple(ISA_FLAGS))]
+    here = ISAS.get(platform.machine().lower(), ())
+    absent = tuple(suffix for suffix in ISA_FLAGS if suffix not in here)
+    return [path for path in found if not path.stem.endswith(absent)]
 
 
 def isa_flags(source: Path) -> str:

@@ -5,10 +5,18 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace llmq {
 namespace {
 
+#if defined(__aarch64__)
+constexpr const char* kNames[kIsaCount] = {"portable", "neondot", "i8mm"};
+#else
 constexpr const char* kNames[kIsaCount] = {"portable", "avx2", "avx512vnni"};
+#endif
 
 Isa fastest() {
   for (int i = kIsaCount - 1; i > 0; --i) {
@@ -69,6 +77,13 @@ bool isa_runs(Isa isa) {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
          __builtin_cpu_supports("avx512vbmi2");
+#elif defined(__aarch64__) && defined(__linux__)
+  // From the kernel's arch/arm64 ABI; headers older than a bit do not name it.
+  constexpr unsigned long kDotProduct = 1ul << 20, kInt8Matrix = 1ul << 13;
+  if ((getauxval(AT_HWCAP) & kDotProduct) == 0) return false;
+  return isa == Isa::neondot || (getauxval(AT_HWCAP2) & kInt8Matrix) != 0;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  return isa == Isa::neondot;  // every Apple silicon has dot products; M1 has no i8mm
 #else
   return false;
 #endif

@@ -4,7 +4,11 @@
 namespace llmq {
 
 // Ordered from slowest to fastest; also the columns of the table in dispatch.cpp.
+#if defined(__aarch64__)
+enum class Isa : int { portable = 0, neondot = 1, i8mm = 2 };
+#else
 enum class Isa : int { portable = 0, avx2 = 1, avx512vnni = 2 };
+#endif
 inline constexpr int kIsaCount = 3;
 
 const char* isa_name(Isa isa);

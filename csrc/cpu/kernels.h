@@ -39,8 +39,8 @@ struct ConvertRows {
   Dtype dtype;  // of source in to_float, of target in from_float; the other side is float32
 };
 using ConvertRowsFn = void(const ConvertRows&);
-ConvertRowsFn to_float_portable, to_float_avx2, to_float_avx512vnni;
-ConvertRowsFn from_float_portable, from_float_avx2, from_float_avx512vnni;
+ConvertRowsFn to_float_portable, to_float_avx2, to_float_avx512vnni, to_float_neondot;
+ConvertRowsFn from_float_portable, from_float_avx2, from_float_avx512vnni, from_float_neondot;
 
 // quantize_rows: symmetric int8 codes, one scale a token or group of inputs
 // scale = max|x| / 127, code = round_half_even(x · (127 / max|x|)); a row whose max|x| is at most
@@ -58,7 +58,8 @@ struct QuantizeRows {
   int32_t* offset;  // [rows, K / group_size] −128 · Σ codes, what u8 weights add too much; or null
 };
 using QuantizeRowsFn = void(const QuantizeRows&);
-QuantizeRowsFn quantize_rows_portable, quantize_rows_avx2, quantize_rows_avx512vnni;
+QuantizeRowsFn quantize_rows_portable, quantize_rows_avx2, quantize_rows_avx512vnni,
+    quantize_rows_neondot;
 
 // int8_gemm: y = (Σ_groups (dot of codes) · x_scale) · weight_scale + bias
 struct Int8Gemm {
@@ -75,7 +76,8 @@ struct Int8Gemm {
   int64_t groups;  // equal groups of K4 / groups blocks
 };
 using Int8GemmFn = void(const Int8Gemm&);
-Int8GemmFn int8_gemm_portable, int8_gemm_avx2, int8_gemm_avx512vnni;
+Int8GemmFn int8_gemm_portable, int8_gemm_avx2, int8_gemm_avx512vnni, int8_gemm_neondot,
+    int8_gemm_i8mm;
 
 // bitmap_gemm: int8_gemm without the weights that were pruned
 // The 64 bytes of a panels8 block are kept as a mask, little endian (bit 4·lane + j), and the bytes
@@ -90,7 +92,7 @@ struct BitmapGemm {
   const int64_t* start;  // [ceil(N/16)] where each panel's kept bytes begin
 };
 using BitmapGemmFn = void(const BitmapGemm&);
-BitmapGemmFn bitmap_gemm_portable, bitmap_gemm_avx2, bitmap_gemm_avx512vnni;
+BitmapGemmFn bitmap_gemm_portable, bitmap_gemm_avx2, bitmap_gemm_avx512vnni, bitmap_gemm_neondot;
 
 // Writes consecutive blocks out as panels8, for int8_gemm to run over many tokens.
 struct BitmapExpand {
@@ -100,7 +102,8 @@ struct BitmapExpand {
   uint8_t* panels;  // [blocks, 64]
 };
 using BitmapExpandFn = void(const BitmapExpand&);
-BitmapExpandFn bitmap_expand_portable, bitmap_expand_avx2, bitmap_expand_avx512vnni;
+BitmapExpandFn bitmap_expand_portable, bitmap_expand_avx2, bitmap_expand_avx512vnni,
+    bitmap_expand_neondot;
 
 // Grouped weights: weight_only_linear and codebook_linear
 // Their kernels take one panel and a tile of up to kTile rows whose inputs lie side by side, so that
@@ -135,7 +138,7 @@ struct SplitRows {
   int32_t* offset;  // [rows, 3, segments] −128 · Σ digits
 };
 using SplitRowsFn = bool(const SplitRows&);
-SplitRowsFn split_rows_avx2, split_rows_avx512vnni;
+SplitRowsFn split_rows_avx2, split_rows_avx512vnni, split_rows_neondot;
 
 // y = Σ_segments weight scale · x scale · Σ_k (w − zero) · x, the inner sum exact in int32.
 struct WeightOnlyInt8Gemm {
@@ -154,7 +157,7 @@ struct WeightOnlyInt8Gemm {
 };
 using WeightOnlyInt8GemmFn = void(const WeightOnlyInt8Gemm&);
 WeightOnlyInt8GemmFn weight_only_int8_gemm_portable, weight_only_int8_gemm_avx2,
-    weight_only_int8_gemm_avx512vnni;
+    weight_only_int8_gemm_avx512vnni, weight_only_int8_gemm_neondot;
 
 // Inputs k … k + count of a panel as floats, (w − zero) · scale; both on block borders unless they
 // end K or the kernel is portable. gemv multiplies them with one row: y = Σ_k w · x.
@@ -171,7 +174,7 @@ struct WeightOnlyPanel {
 };
 using WeightOnlyPanelFn = void(const WeightOnlyPanel&);
 WeightOnlyPanelFn weight_only_dequantize_portable, weight_only_dequantize_avx2,
-    weight_only_dequantize_avx512vnni;
+    weight_only_dequantize_avx512vnni, weight_only_dequantize_neondot;
 WeightOnlyPanelFn weight_only_gemv_portable;  // others split the row instead
 
 // The same for w = codebook[code] · scale.
@@ -190,8 +193,9 @@ struct CodebookPanel {
 };
 using CodebookPanelFn = void(const CodebookPanel&);
 CodebookPanelFn codebook_dequantize_portable, codebook_dequantize_avx2,
-    codebook_dequantize_avx512vnni;
-CodebookPanelFn codebook_gemv_portable, codebook_gemv_avx2, codebook_gemv_avx512vnni;
+    codebook_dequantize_avx512vnni, codebook_dequantize_neondot;
+CodebookPanelFn codebook_gemv_portable, codebook_gemv_avx2, codebook_gemv_avx512vnni,
+    codebook_gemv_neondot;
 
 // One token times a panel of an 8-bit codebook whose entries are split as split_rows splits inputs:
 // entry = unit · (65536·a + 256·b + c − 2^23) with digits a, b, c of 0 … 255.
@@ -218,6 +222,6 @@ struct PanelGemm {
   float* y;  // [rows, 16]
 };
 using PanelGemmFn = void(const PanelGemm&);
-PanelGemmFn panel_gemm_portable, panel_gemm_avx2, panel_gemm_avx512vnni;
+PanelGemmFn panel_gemm_portable, panel_gemm_avx2, panel_gemm_avx512vnni, panel_gemm_neondot;
 
 }  // namespace llmq

@@ -1,0 +1,142 @@
+// bitmap_gemm and bitmap_expand with NEON dot products.
+//
+// 8 bytes of a block at a time: a table of 256 masks says which kept byte belongs where, and tbl
+// puts it there; a place without one gets 0, which is code 0 once the kept bytes are signed. One cnt
+// and one multiplication give where the kept bytes of all eight begin. Tile: 1 panel × up to 4
+// tokens. Bound by expanding (8 × two loads, flip, tbl a block), which tokens share. Arm speed is
+// not yet measured.
+#include <arm_neon.h>
+
+#include "kernels.h"
+
+#if !defined(__ARM_FEATURE_DOTPROD)
+#error "setup.py gives this file its instruction set by its name: _neondot"
+#endif
+
+namespace llmq {
+namespace {
+
+constexpr int64_t kTokens = 4;
+constexpr int kRegisters = 4;  // of 4 outputs: a panel
+
+// Byte i of an entry: which of the kept bytes belongs at i, or 0x80 for none.
+struct Table {
+  uint64_t places[256];
+};
+
+constexpr Table make_table() {
+  Table table{};
+  for (int mask = 0; mask < 256; ++mask) {
+    uint64_t next = 0;
+    for (int i = 0; i < 8; ++i) {
+      const bool kept = (mask >> i & 1) != 0;
+      table.places[mask] |= (kept ? next : 0x80) << (8 * i);
+      next += kept;
+    }
+  }
+  return table;
+}
+
+alignas(64) constexpr Table kTable = make_table();
+
+struct Block {
+  int8x16_t codes[kRegisters];
+};
+
+// The next block's signed codes, 0 where absent; moves `weight` behind its kept bytes.
+Block next_block(const uint8_t*& weight, const uint8_t* mask) {
+  const uint8x8_t counts = vcnt_u8(vld1_u8(mask));
+  const uint64_t ends = vget_lane_u64(vreinterpret_u64_u8(counts), 0) * 0x0101010101010101;
+  const uint64_t begins = ends << 8;
+  uint8x8_t half[8];
+  for (int i = 0; i < 8; ++i) {
+    const uint8x8_t kept = veor_u8(vld1_u8(weight + (begins >> (8 * i) & 255)), vdup_n_u8(0x80));
+    half[i] = vtbl1_u8(kept, vcreate_u8(kTable.places[mask[i]]));
+  }
+  weight += ends >> 56;
+  Block block;
+  for (int v = 0; v < kRegisters; ++v)
+    block.codes[v] = vreinterpretq_s8_u8(vcombine_u8(half[2 * v], half[2 * v + 1]));
+  return block;
+}
+
+int8x16_t broadcast4(const int8_t* x) {
+  int32_t four;
+  __builtin_memcpy(&four, x, 4);
+  return vreinterpretq_s8_s32(vdupq_n_s32(four));
+}
+
+float32x4_t load_lanes(const float* p, int64_t left) {
+  if (left >= 4) return vld1q_f32(p);
+  float lanes[4] = {};
+  for (int64_t i = 0; i < left; ++i) lanes[i] = p[i];
+  return vld1q_f32(lanes);
+}
+
+void store_lanes(float* p, float32x4_t value, int64_t left) {
+  if (left >= 4) return vst1q_f32(p, value);
+  float lanes[4];
+  vst1q_f32(lanes, value);
+  for (int64_t i = 0; i < left; ++i) p[i] = lanes[i];
+}
+
+template <int T>
+void tile(const Int8Gemm& g, const uint8_t* weight, const uint8_t* mask, int64_t n, int64_t m) {
+  const int64_t group_blocks = g.K4 / g.groups;
+  const int8_t* x = g.x + m * g.x_stride;
+  float32x4_t sum[T][kRegisters] = {};
+  for (int64_t group = 0; group < g.groups; ++group) {
+    int32x4_t dot[T][kRegisters] = {};
+    for (int64_t i = 0; i < group_blocks; ++i, mask += 8, x += 4) {
+      const Block block = next_block(weight, mask);
+      for (int t = 0; t < T; ++t) {
+        const int8x16_t input = broadcast4(x + t * g.x_stride);
+        for (int v = 0; v < kRegisters; ++v)
+          dot[t][v] = vdotq_s32(dot[t][v], block.codes[v], input);
+      }
+    }
+    for (int t = 0; t < T; ++t) {
+      const float scale = g.x_scale[(m + t) * g.groups + group];
+      for (int v = 0; v < kRegisters; ++v)
+        sum[t][v] = vfmaq_n_f32(sum[t][v], vcvtq_f32_s32(dot[t][v]), scale);
+    }
+  }
+  for (int v = 0; v < kRegisters && n < g.N; ++v, n += 4) {
+    const float32x4_t scale = load_lanes(g.weight_scale + n, g.N - n);
+    const float32x4_t bias = g.bias == nullptr ? vdupq_n_f32(0) : load_lanes(g.bias + n, g.N - n);
+    for (int t = 0; t < T; ++t) {
+      store_lanes(g.y + (m + t) * g.y_stride + n, vfmaq_f32(bias, sum[t][v], scale), g.N - n);
+    }
+  }
+}
+
+using Tile = void(const Int8Gemm&, const uint8_t* weight, const uint8_t* mask, int64_t n,
+                  int64_t m);
+constexpr Tile* kTiles[kTokens] = {tile<1>, tile<2>, tile<3>, tile<4>};
+
+}  // namespace
+
+void bitmap_gemm_neondot(const BitmapGemm& b) {
+  const Int8Gemm& g = b.dense;
+  for (int64_t n = 0; n < g.N; n += kPanel) {
+    const int64_t p = n / kPanel;
+    for (int64_t m = 0; m < g.M; m += kTokens) {
+      const int64_t count = g.M - m < kTokens ? g.M - m : kTokens;
+      kTiles[count - 1](g, g.weight + b.start[p], b.mask + p * g.K4 * 8, n, m);
+    }
+  }
+}
+
+void bitmap_expand_neondot(const BitmapExpand& e) {
+  const uint8x16_t flip = vdupq_n_u8(0x80);
+  const uint8_t* weight = e.weight;
+  for (int64_t i = 0; i < e.blocks; ++i) {
+    const Block block = next_block(weight, e.mask + 8 * i);
+    for (int v = 0; v < kRegisters; ++v) {
+      const uint8x16_t codes = vreinterpretq_u8_s8(block.codes[v]);
+      vst1q_u8(e.panels + i * kBlockBytes + 16 * v, veorq_u8(codes, flip));
+    }
+  }
+}
+
+}  // namespace llmq
