@@ -5,7 +5,8 @@
 // Float activations come as three int8 digits (split_rows): three sdot and no decoding for 16
 // products, where floats need four fmla and a shift, mask, subtraction and conversion a register.
 // Bound by sdot for 6 rows, by memory for 1. Where digits cannot hold x, several rows share
-// dequantized weights (panel_gemm, 6 rows × 16 outputs). Arm speed is not yet measured.
+// dequantized weights (panel_gemm, 6 rows × 16 outputs). Instructions of GCC 12 for 6 rows: a block
+// of bytes 50, 24 of them sdot; of nibbles 98, 48 of them sdot; an input of panel_gemm 40, 24 of them fmla. Arm speed is not yet measured.
 #include <arm_neon.h>
 
 #include "kernels.h"
@@ -125,21 +126,25 @@ void dequantize(const WeightOnlyPanel& p) {
   }
 }
 
+// Without the pragmas GCC 12 unrolls late and stores all sums at each step: 63 instructions, not 40.
 template <int kRows>
 void panel_gemm(const PanelGemm& g, int64_t row) {
   float* const y = g.y + row * kPanel;
   const float* x = g.x + row;
   float32x4_t sum[kRows][kRegisters];
+#pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kRegisters; ++v) sum[r][v] = vld1q_f32(y + r * kPanel + 4 * v);
   }
   for (int64_t k = 0; k < g.K; ++k, x += g.rows) {
     float32x4_t w[kRegisters];
     for (int v = 0; v < kRegisters; ++v) w[v] = vld1q_f32(g.dense + k * kPanel + 4 * v);
+#pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kRegisters; ++v) sum[r][v] = vfmaq_n_f32(sum[r][v], w[v], x[r]);
     }
   }
+#pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kRegisters; ++v) vst1q_f32(y + r * kPanel + 4 * v, sum[r][v]);
   }
