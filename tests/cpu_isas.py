@@ -18,6 +18,8 @@ ISA_FLAGS = {
     "avx2": {"avx2", "fma", "f16c"},
     "avx512vnni": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
     | {"avx512_vnni", "avx512vbmi", "avx512_vbmi2"},
+    "neondot": {"asimddp"},
+    "i8mm": {"asimddp", "i8mm"},
 }
 ROUNDOFF = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
@@ -26,7 +28,8 @@ def available() -> list[str]:
     """The instruction sets that this CPU has, whether or not the library runs them."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
-    flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    start = ("flags", "Features")  # x86, Arm
+    flags = next((set(line.split()) for line in lines if line.startswith(start)), set())
     return [name for name, needed in ISA_FLAGS.items() if needed <= flags]
 
 
