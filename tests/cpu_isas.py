@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,14 +14,14 @@ from torch import Tensor
 import llmq.ops  # noqa: F401  defines torch.ops.llmq
 from llmq import extension
 
-ISA_FLAGS = {
-    "portable": set(),
+X86_FLAGS = {
     "avx2": {"avx2", "fma", "f16c"},
     "avx512vnni": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
     | {"avx512_vnni", "avx512vbmi", "avx512_vbmi2"},
-    "neondot": {"asimddp"},
-    "i8mm": {"asimddp", "i8mm"},
 }
+ARM_FLAGS = {"neondot": {"asimddp"}, "i8mm": {"asimddp", "i8mm"}}
+ARM = platform.machine().lower() in ("aarch64", "arm64")
+ISA_FLAGS: dict[str, set[str]] = {"portable": set()} | (ARM_FLAGS if ARM else X86_FLAGS)
 ROUNDOFF = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 

@@ -6,7 +6,8 @@
 // products, where floats need four fmla and a shift, mask, subtraction and conversion a register.
 // Bound by sdot for 6 rows, by memory for 1. Where digits cannot hold x, several rows share
 // dequantized weights (panel_gemm, 6 rows × 16 outputs). Instructions of GCC 12 for 6 rows: a block
-// of bytes 50, 24 of them sdot; of nibbles 98, 48 of them sdot; an input of panel_gemm 40, 24 of them fmla. Arm speed is not yet measured.
+// of bytes 50, 24 of them sdot; of nibbles 98, 48 of them sdot; an input of panel_gemm 40, 24 of
+// them fmla. Arm speed is not yet measured.
 #include <arm_neon.h>
 
 #include "kernels.h"
