@@ -14,6 +14,7 @@ constexpr uint8_t kFlip = 0x80;  // int8 code ↔ code + 128
 
 template <class PackPanel>
 void for_panels(int64_t N, int64_t panel_bytes, const PackPanel& body) {
+  if (panel_bytes == 0) return;  // no inputs: tensors without elements may have no address
   torch::stable::parallel_for(0, ceil_div(N, kPanel), ceil_div(kPackGrain, panel_bytes + 1),
                               [&](int64_t begin, int64_t end) {
                                 for (int64_t p = begin; p < end; ++p) body(p);
