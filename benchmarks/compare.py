@@ -226,6 +226,13 @@ def moved(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]]) -> list[
     return lines
 
 
+def updated(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return `old` with every (N, K, M) that `new` has replaced whole: peers stay side by side."""
+    cases = {(r["N"], r["K"], r["M"]) for r in new}
+    kept = [r for r in old if (r["N"], r["K"], r["M"]) not in cases]
+    return sorted([*kept, *new], key=lambda r: (r["N"] * r["K"], r["N"], r["M"]))
+
+
 def plot(record: dict[str, Any], folder: Path) -> list[Path]:
     """Draw achieved against limit, and our speed against the best peer's, as SVG files."""
     from matplotlib.figure import Figure
@@ -289,6 +296,7 @@ def main() -> None:
     parser.add_argument("--tokens", action="append", type=int, metavar="M")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.03, help="of a sample")
+    parser.add_argument("--update", type=Path, help="a record of whose cases the others stay")
     parser.add_argument("--show", type=Path, help="a record to show instead of measuring")
     parser.add_argument("--against", type=Path, help="an older record: prints what moved")
     parser.add_argument("--plot", type=Path, metavar="FOLDER")
@@ -314,6 +322,8 @@ def main() -> None:
             "ceilings": {name: max(before[name], after[name]) for name in before},
             "records": records,
         }
+        if args.update:
+            record["records"] = updated(json.loads(args.update.read_text())["records"], records)
     print(table(record))
     if not args.show:
         print(results.write(f"peers_{args.threads}_threads", record))

@@ -109,6 +109,12 @@ def test_table_and_plots_show_ratio_and_share(tmp_path: Path) -> None:
         assert "<svg" in file.read_text()
 
 
+def test_update_replaces_whole_cases() -> None:
+    old = [record("llmq w8a8", 1.0), record("torch float32", 2.0), record("llmq w8a8", 3.0, M=4)]
+    merged = compare.updated(old, [record("llmq w8a8", 0.5)])
+    assert [(r["M"], r["seconds"]) for r in merged] == [(1, 0.5), (4, 3.0)]
+
+
 def test_moved_tells_change_from_noise() -> None:
     old = [record("llmq w8a8", 1.0e-3), record("torch float32", 1.0e-3)]
     new = [record("llmq w8a8", 0.8e-3), record("torch float32", 1.03e-3)]
