@@ -104,7 +104,7 @@ def run(folder: Path, *, quick: bool = False, fresh: bool = False) -> dict[str, 
     models[WHOLE] = quantize(copy.deepcopy(original), scheme="w8a8-g64", skip=())
     recovery, models[SPARSE] = recovered(original, evaluated, trained, recipe, fresh=fresh)
     quality = qualities(models, evaluated)
-    speed = bench.model_speeds(models, rounds=1 if quick else 3)
+    speed = bench.model_speeds(models, rounds=1 if quick else 2)
     rows = []
     for name, model in models.items():
         linear = sum(_linear_bytes(model))
@@ -310,7 +310,7 @@ def _setting(record: dict[str, Any]) -> str:
     m = record["machine"]
     return (
         f"{record['model']}; {record['text']}; {m['cpu']}, {m['threads']} threads, {m['isa']}, "
-        f"torch {m['torch']}; speeds are medians, interleaved, batch 1, 512 tokens of prefill."
+        f"torch {m['torch']}; speeds interleaved, batch 1, 512 tokens of prefill."
     )
 
 
