@@ -19,7 +19,7 @@ DOCS = {
     name: (ROOT / name).read_text()
     for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")
 }
-MADE = ("demo-report/", "path/to/")  # what commands make, or stands for a user's own
+MADE = ("build/", "demo-report/", "path/to/")  # what commands make, or stands for a user's own
 
 
 def quoted(text: str) -> list[str]:
