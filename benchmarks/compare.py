@@ -99,10 +99,10 @@ def measure(
     records: list[dict[str, Any]] = []
     complaints = [text for text in map(missing, names) if text]
     present = [name for name in names if not missing(name)]
-    cases = len(shapes) * len(tokens)
+    total = len(shapes) * len(tokens)
     with (
         workers(present, threads) as running,
-        tqdm(total=cases, desc="compare", unit="case", leave=False) as progress,
+        tqdm(total=total, desc="compare", unit="case", leave=False) as progress,
     ):
         for N, K in shapes:
             ready: list[tuple[Worker, str]] = []
@@ -157,7 +157,8 @@ def limit(record: dict[str, Any], ceiling: dict[str, float]) -> float:
     return max(reads, 2 * M * N * K / (rate * 1e9) if rate else 0.0)
 
 
-def _cases(records: Sequence[dict[str, Any]]) -> dict[tuple[int, int], dict[str, dict[int, Any]]]:
+def cases(records: Sequence[dict[str, Any]]) -> dict[tuple[int, int], dict[str, dict[int, Any]]]:
+    """Return records by (N, K), peer and M."""
     found: dict[tuple[int, int], dict[str, dict[int, Any]]] = {}
     for r in records:
         found.setdefault((r["N"], r["K"]), {}).setdefault(r["peer"], {})[r["M"]] = r
@@ -179,7 +180,7 @@ def table(record: dict[str, Any]) -> str:
     records, ceiling = record["records"], record["ceilings"]
     tokens = sorted({r["M"] for r in records})
     lines = ["  ".join(f"{name} {value:.0f}" for name, value in ceiling.items())]
-    for (N, K), rows in _cases(records).items():
+    for (N, K), rows in cases(records).items():
         lines += ["", f"{f'{N}×{K}':<26}" + "".join(f"{f'M={M}':>22}" for M in tokens)]
         for name, row in rows.items():
             cells = []
@@ -228,8 +229,8 @@ def moved(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]]) -> list[
 
 def updated(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return `old` with every (N, K, M) that `new` has replaced whole: peers stay side by side."""
-    cases = {(r["N"], r["K"], r["M"]) for r in new}
-    kept = [r for r in old if (r["N"], r["K"], r["M"]) not in cases]
+    replaced = {(r["N"], r["K"], r["M"]) for r in new}
+    kept = [r for r in old if (r["N"], r["K"], r["M"]) not in replaced]
     return sorted([*kept, *new], key=lambda r: (r["N"] * r["K"], r["N"], r["M"]))
 
 
@@ -239,7 +240,7 @@ def plot(record: dict[str, Any], folder: Path) -> list[Path]:
 
     records, ceiling = record["records"], record["ceilings"]
     folder.mkdir(parents=True, exist_ok=True)
-    cases = _cases(records)
+    found = cases(records)
     ours = [name for name in PEERS if name.startswith("llmq")]
     roofline = Figure(figsize=(8, 5), layout="constrained")
     axes = roofline.subplots()
@@ -256,9 +257,9 @@ def plot(record: dict[str, Any], folder: Path) -> list[Path]:
     axes.plot(ends, ends, color="black", linewidth=0.6, label="limit")
     axes.set(xscale="log", yscale="log", xlabel="least time, µs", ylabel="time taken, µs")
     axes.legend(fontsize=7)
-    ratios = Figure(figsize=(8, 2 + 1.6 * len(cases)), layout="constrained")
-    grid = ratios.subplots(len(cases), 1, squeeze=False)
-    for row_axes, ((N, K), rows) in zip(grid[:, 0], cases.items(), strict=True):
+    ratios = Figure(figsize=(8, 2 + 1.6 * len(found)), layout="constrained")
+    grid = ratios.subplots(len(found), 1, squeeze=False)
+    for row_axes, ((N, K), rows) in zip(grid[:, 0], found.items(), strict=True):
         for name in ours:
             pairs = [
                 (M, best["seconds"] / r["seconds"])

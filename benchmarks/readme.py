@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+from benchmarks import compare, results
+from benchmarks.peers import PEERS
 from llmq import demo
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +40,23 @@ def linear(record: dict[str, Any]) -> str:
             texts = [f"{c['times_float32']:.1f}×" if c else "" for c in cells]
         rows.append([scheme, *texts])
     return f"{_table(head, rows)}\n\n{_machine(record)}."
+
+
+def peers(record: dict[str, Any]) -> str:
+    """Return times as fast as the best other library of the same family, a row a scheme."""
+    columns = [((N, K), M) for N, K in ((576, 576), (4096, 4096)) for M in (1, 16, 256)]
+    head = ["", *(f"{N}×{K}, M={M}" for (N, K), M in columns)]
+    cases = compare.cases(record["records"])
+    rows = []
+    for name in (n for n in PEERS if n.startswith("llmq")):
+        texts = []
+        for shape, M in columns:
+            best = compare.best_peer(cases[shape], PEERS[name].family, M)
+            own = cases[shape].get(name, {}).get(M)
+            texts.append(f"{best['seconds'] / own['seconds']:.2f}×" if best and own else "")
+        rows.append([name, *texts])
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"{_table(head, rows)}\n\n{_machine(record)}; {versions}."
 
 
 def model(record: dict[str, Any]) -> str:
@@ -72,6 +90,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo.markdown,
     "linear": linear,
     "model": model,
+    "peers": peers,
     "t5": t5,
 }
 
