@@ -152,7 +152,7 @@ def test_groups_go_together_in_a_4_bit_mlp() -> None:
     prune(model, 0.5, pattern="structured", skip=attention)
     mlp = model.model.layers[0].mlp
     assert (mlp.up_proj.out_features, mlp.down_proj.in_features) == (64, 64)
-    assert mlp.down_proj.weight_scale.shape == (64, 2)
+    assert mlp.down_proj.canonical()["weight_scale"].shape == (64, 2)
     assert torch.isfinite(families.output(model, "llama")).all()
 
 
