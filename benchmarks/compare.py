@@ -91,54 +91,55 @@ def measure(
         tokens: M.
         threads: of each worker.
         seconds: at least, of a sample.
-        rounds: samples of each worker, taken in turn (A B A B …).
+        rounds: samples of each worker, taken in turn (A B A B …); at least 2.
 
     Returns:
         Records with `seconds` (the median), `low` and `high` (the quartiles), and what failed.
     """
+    if rounds < 2:
+        raise ValueError(f"quartiles take at least 2 rounds, got {rounds}")
     records: list[dict[str, Any]] = []
-    complaints = [text for text in map(missing, names) if text]
-    present = [name for name in names if not missing(name)]
+    absent = {name: text for name in names if (text := missing(name))}
+    complaints = list(absent.values())
     total = len(shapes) * len(tokens)
     with (
-        workers(present, threads) as running,
+        workers([name for name in names if name not in absent], threads) as running,
         tqdm(total=total, desc="compare", unit="case", leave=False) as progress,
     ):
         for N, K in shapes:
-            ready: list[tuple[Worker, str]] = []
+            kernels: dict[Worker, str] = {}
             for worker in running:
                 answer = worker.ask(prepare=[N, K])
                 if "error" in answer:
                     complaints.append(f"{worker.name}, {N}×{K}: {answer['error']}")
                 else:
-                    ready.append((worker, answer["kernel"]))
+                    kernels[worker] = answer["kernel"]
             for M in tokens:
-                samples: dict[str, list[float]] = {worker.name: [] for worker, _ in ready}
-                for round_ in range(rounds + 1):
-                    for worker, _ in ready:
-                        answer = worker.ask(sample=M, seconds=seconds)
-                        if "error" in answer and not round_:
-                            complaints.append(f"{worker.name}, {N}×{K}, M={M}: {answer['error']}")
-                        elif "error" not in answer and round_:  # the first one warms up
-                            samples[worker.name].append(answer["seconds"])
-                for worker, kernel in ready:
-                    if len(samples[worker.name]) < 2:
-                        continue
-                    low, middle, high = statistics.quantiles(samples[worker.name], n=4)
-                    records.append(
-                        {
-                            "peer": worker.name,
-                            "kernel": kernel,
-                            "N": N,
-                            "K": K,
-                            "M": M,
-                            "seconds": middle,
-                            "low": low,
-                            "high": high,
-                        }
-                    )
+                samples, errors = _sample(list(kernels), M, seconds, rounds)
+                complaints += [f"{w.name}, {N}×{K}, M={M}: {text}" for w, text in errors.items()]
+                for worker, times in samples.items():
+                    low, middle, high = statistics.quantiles(times, n=4)
+                    case = {"peer": worker.name, "kernel": kernels[worker], "N": N, "K": K, "M": M}
+                    records.append(case | {"seconds": middle, "low": low, "high": high})
                 progress.update()
     return records, complaints
+
+
+def _sample(
+    running: Sequence[Worker], M: int, seconds: float, rounds: int
+) -> tuple[dict[Worker, list[float]], dict[Worker, str]]:
+    """Return (seconds of a call, errors); a worker that fails once is asked no more."""
+    samples: dict[Worker, list[float]] = {worker: [] for worker in running}
+    errors: dict[Worker, str] = {}
+    for round_ in range(rounds + 1):
+        for worker in list(samples):
+            answer = worker.ask(sample=M, seconds=seconds)
+            if "error" in answer:
+                errors[worker] = answer["error"]
+                del samples[worker]
+            elif round_:  # the first one warms up
+                samples[worker].append(answer["seconds"])
+    return samples, errors
 
 
 # -- reading records -----------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llmq import bench
+
 # What runs a layer once: from float32 x [M, K] to anything.
 Call = Callable[[Tensor], Any]
 
@@ -176,12 +178,7 @@ def _openvino(linear: nn.Linear, threads: int) -> Call:
 
 
 def _llmq(scheme: str) -> Callable[[nn.Linear, int], Call]:
-    def make(linear: nn.Linear, threads: int) -> Call:
-        from llmq import bench
-
-        return bench.make_layer(linear, scheme)
-
-    return make
+    return lambda linear, threads: bench.make_layer(linear, scheme)
 
 
 PEERS: dict[str, Peer] = {
@@ -211,10 +208,6 @@ def missing(name: str) -> str:
     return f"{name}: pip install {' '.join(absent)}" if absent else ""
 
 
-_ROTATED = 200e6  # bytes of weights among which large layers rotate, so that M = 1 reads memory
-_CACHED = 4e6  # layers below stay in cache, as those of a small model do
-
-
 def serve(name: str, threads: int) -> None:
     """Answer requests on standard input until it ends."""
     answers = os.fdopen(os.dup(1), "w")
@@ -232,8 +225,7 @@ def serve(name: str, threads: int) -> None:
                 if "prepare" in request:
                     N, K = request["prepare"]
                     torch.manual_seed(0)
-                    size = N * K * peer.bits / 8
-                    count = 1 if size < _CACHED else math.ceil(_ROTATED / size)
+                    count = bench.copies(N * K * peer.bits / 8)
                     layers.clear()
                     inputs.clear()
                     layers += [peer.make(nn.Linear(K, N).eval(), threads) for _ in range(count)]

@@ -98,11 +98,14 @@ def time_interleaved(
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
+def copies(size: float) -> int:
+    """Return among how many equal layers of `size` bytes calls rotate to read them from memory."""
+    return 1 if size < _CACHED else math.ceil(_ROTATED / size)
+
+
 def _rotating(dense: nn.Linear, scheme: str, size: float) -> list[nn.Module]:
-    """Return as many equal layers as it takes to read their `size` bytes from memory."""
     first = dense if scheme == "float32" else make_layer(dense, scheme)
-    count = 1 if size < _CACHED else math.ceil(_ROTATED / size)
-    return [first, *(copy.deepcopy(first) for _ in range(count - 1))]
+    return [first, *(copy.deepcopy(first) for _ in range(copies(size) - 1))]
 
 
 def _caller(layers: list[nn.Module], x: Tensor) -> Callable[[], Any]:
@@ -131,7 +134,7 @@ def linear(
         for M in tokens:
             x = torch.randn(M, K)
             with torch.inference_mode():
-                calls = {name: _caller(copies, x) for name, copies in layers.items()}
+                calls = {name: _caller(equal, x) for name, equal in layers.items()}
                 medians = time_interleaved(calls)
             for scheme, seconds in medians.items():
                 first: Any = layers[scheme][0]
