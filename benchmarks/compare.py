@@ -28,18 +28,30 @@ from llmq import bench
 
 SHAPES = bench.SHAPES
 TOKENS = (1, 4, 16, 64, 256, 1024)
-_LIBRARIES = ("torch", "torchao", "onnxruntime", "openvino")
+_LIBRARIES = ("torch", "torchao", "onnxruntime", "openvino", "llama-cpp-python")
+# What holds a library to AVX2, and who obeys: FBGEMM and ONNX Runtime have no such switch.
+_AVX2 = {
+    "LLMQ_ISA": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+}
+_AVX2_PEERS = [
+    *(name for name in PEERS if name.startswith("llmq")),
+    "torch float32",
+    "torch dynamic onednn",
+]
 _NOISE = 0.05  # a smaller change than this is none
 
 
 class Worker:
-    """A peer's process."""
+    """A peer's process; `module` says which requests it answers."""
 
-    def __init__(self, name: str, threads: int) -> None:
+    def __init__(self, name: str, threads: int, module: str = "benchmarks.peers") -> None:
         self.name = name
         passive = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.peers", name, str(threads)],
+            [sys.executable, "-m", module, name, str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -62,12 +74,16 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(names: Sequence[str], threads: int) -> Iterator[list[Worker]]:
+def workers(
+    names: Sequence[str], threads: int, module: str = "benchmarks.peers"
+) -> Iterator[list[Worker]]:
     """Start a worker a peer, and stop all of them in the end."""
     started: list[Worker] = []
     try:
         for name in names:
-            started += [Worker(name, threads)]  # those before it are stopped if this one fails
+            started += [
+                Worker(name, threads, module)
+            ]  # those before it are stopped if this one fails
         yield started
     finally:
         for worker in started:
@@ -293,6 +309,7 @@ def main() -> None:
     """Measure and write a record, or show one."""
     parser = argparse.ArgumentParser(description="our linear layers beside other libraries'")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--avx2", action="store_true", help="only who can be held to AVX2")
     parser.add_argument("--peer", action="append", choices=PEERS, metavar="NAME")
     parser.add_argument("--shape", action="append", metavar="NxK")
     parser.add_argument("--tokens", action="append", type=int, metavar="M")
@@ -307,9 +324,11 @@ def main() -> None:
         record = json.loads(args.show.read_text())
     else:
         shapes = [tuple(map(int, s.split("x"))) for s in args.shape] if args.shape else SHAPES
+        if args.avx2:
+            os.environ.update(_AVX2)  # of the workers to come
         before = ceilings.measure(args.threads)
         records, complaints = measure(
-            args.peer or list(PEERS),
+            args.peer or (_AVX2_PEERS if args.avx2 else list(PEERS)),
             shapes,
             args.tokens or TOKENS,
             threads=args.threads,
@@ -318,8 +337,11 @@ def main() -> None:
         )
         after = ceilings.measure(args.threads)
         print(*complaints, sep="\n")
+        machine = bench.machine() | {"threads": args.threads}
+        if args.avx2:
+            machine["isa"] = "avx2"
         record = {
-            "machine": bench.machine() | {"threads": args.threads},
+            "machine": machine,
             "versions": versions(),
             "ceilings": {name: max(before[name], after[name]) for name in before},
             "records": records,
@@ -328,7 +350,8 @@ def main() -> None:
             record["records"] = updated(json.loads(args.update.read_text())["records"], records)
     print(table(record))
     if not args.show:
-        print(results.write(f"peers_{args.threads}_threads", record))
+        suffix = "_avx2" if args.avx2 else ""
+        print(results.write(f"peers_{args.threads}_threads{suffix}", record))
     if args.against:
         old = json.loads(args.against.read_text())["records"]
         print(*(moved(record["records"], old) or ["nothing moved beyond noise"]), sep="\n")

@@ -2,8 +2,9 @@
 
     taskset -c 1 python -m benchmarks.model --threads 1
 
-Decoding is measured as users write it (eager), and compiled by `torch.compile` with a static cache
-for a few schemes, which takes minutes. Where a token's time goes is told by kind of layer: all
+Decoding is measured as users write it (eager), and with `--compile` also by `torch.compile` with a
+static cache for a few schemes, which takes minutes; llama.cpp is measured in turn with them where
+`llama-cpp-python` is installed. Where a token's time goes is told by kind of layer: all
 linear layers of the model run once more in its order, each on its own weight; what a token takes
 beyond them is attention, norms, and Python.
 """
@@ -11,7 +12,10 @@ beyond them is attention, norms, and Python.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import functools
+import importlib.util
 import statistics
 import time
 from collections import defaultdict
@@ -23,7 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import llmq
-from benchmarks import results
+from benchmarks import compare, llama, results
 from llmq import bench
 from llmq.integrations import smollm2
 from llmq.nn import CompressedLayer, QuantEmbedding
@@ -32,8 +36,9 @@ SCHEMES = ("w8a8", "w8a8-g64", "w8a16", "w4a16-g32", "w4a8-g32", "w4a16-quantile
 SPARSE = "50 % sparse w8a8"
 BFLOAT16 = "bfloat16"
 WHOLE = "w8a8, lm_head too"
-COMPILED = ("float32", BFLOAT16, "w8a8", WHOLE)
-_CACHE = 256  # tokens of the static cache
+WHOLE_4 = "w4a8-g32, lm_head too"  # which is int8
+COMPILED = ("float32", WHOLE, WHOLE_4)
+_PROMPT, _DECODE = 16, 32  # tokens, as `bench.model_speeds` decodes
 
 
 def models() -> dict[str, Any]:
@@ -44,6 +49,7 @@ def models() -> dict[str, Any]:
     for scheme in SCHEMES:
         made[scheme] = llmq.quantize(copy.deepcopy(original), scheme=scheme)
     made[WHOLE] = llmq.quantize(copy.deepcopy(original), scheme="w8a8", skip=())
+    made[WHOLE_4] = llmq.quantize(copy.deepcopy(original), scheme="w4a8-g32", skip=())
     made[SPARSE] = llmq.quantize(llmq.prune(copy.deepcopy(original), 0.5), scheme="w8a8")
     return made
 
@@ -82,50 +88,62 @@ def breakdown(model: Any, *, rounds: int = 9) -> dict[str, float]:
     return {kind: statistics.median(values) for kind, values in samples.items()}
 
 
-def compiled_step(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a compiled function from a token [1, 1] and its position [1] to the next token."""
-    from transformers import StaticCache
+class CompiledDecoder:
+    """A model whose decoding step is compiled whole, with a static cache of the length in use.
 
-    cache = StaticCache(config=model.config, max_cache_len=_CACHE)
+    Guards, which ask on every call whether the model has changed, are not evaluated. Inductor's
+    C++ wrapper is not used: it takes a twentieth off a step and minutes to compile.
+    """
 
-    def step(token: Tensor, position: Tensor) -> Tensor:
-        output = model(
-            token,
-            past_key_values=cache,
-            use_cache=True,
-            cache_position=position,
-            position_ids=position[None],
+    def __init__(self, model: Any, decode: int) -> None:
+        from transformers import StaticCache
+
+        self._model = model
+        self._decode = decode
+        self._cache = StaticCache(config=model.config, max_cache_len=_PROMPT + decode)
+        torch._dynamo.reset()  # each model's code is its own; limits on recompiling are not
+        self._compiled = torch.compile(self._step, fullgraph=True)
+        self._run()
+
+    def _step(self, token: Tensor, position: Tensor) -> Tensor:
+        output = self._model(
+            token, position_ids=position, past_key_values=self._cache, use_cache=True
         )
         next_token: Tensor = output.logits[:, -1:].argmax(-1)
         return next_token
 
-    with torch.no_grad():
-        model(torch.ones(1, 16, dtype=torch.int64), past_key_values=cache, use_cache=True)
-    return torch.compile(step)
-
-
-def compiled_speeds(made: dict[str, Any], *, decode: int = 32, rounds: int = 5) -> dict[str, float]:
-    """Return decoded tokens/s of compiled models, interleaved medians."""
-    steps = {}
-    for name, model in tqdm(made.items(), desc="compile", unit="model", leave=False):
-        torch._dynamo.reset()  # each model's code is its own; limits on recompiling are not
-        steps[name] = compiled_step(model)
-        _decode(steps[name], 4)
-    samples: dict[str, list[float]] = {name: [] for name in made}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            samples[name].append(_decode(step, decode))
-    return {name: statistics.median(values) for name, values in samples.items()}
-
-
-def _decode(step: Callable[[Tensor, Tensor], Tensor], count: int) -> float:
-    token, position = torch.tensor([[5]]), torch.tensor([16])
-    with torch.no_grad():
+    @torch.no_grad()
+    def _run(self) -> float:
+        """Return the seconds that decoding takes after a prompt of 16."""
+        self._cache.reset()
+        ids = torch.arange(1, _PROMPT + 1)[None]
+        self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        token, position = ids[:, -1:], torch.tensor([[_PROMPT]])
         started = time.perf_counter()
-        for _ in range(count):
-            token = step(token, position)
+        for _ in range(self._decode):
+            token = self._compiled(token, position)
             position = position + 1
-        return count / (time.perf_counter() - started)
+        return time.perf_counter() - started
+
+    def speed(self) -> dict[str, float]:
+        """Return decoded tokens/s, for `bench.model_speeds`."""
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+            return {"decode": self._decode / self._run()}
+
+
+def llama_cpp(threads: int, stack: contextlib.ExitStack) -> dict[str, Callable[[], Any]]:
+    """Return what measures llama.cpp, by name; nothing where it is not installed.
+
+    Its processes end with `stack`.
+    """
+    if importlib.util.find_spec("llama_cpp") is None:
+        print("llama.cpp is left out: pip install llama-cpp-python")
+        return {}
+    running = stack.enter_context(compare.workers(llama.FORMATS, threads, "benchmarks.llama"))
+    return {
+        f"llama.cpp {worker.name}": functools.partial(worker.ask, prompt=512, decode=_DECODE)
+        for worker in running
+    }
 
 
 def table(record: dict[str, Any]) -> str:
@@ -133,9 +151,6 @@ def table(record: dict[str, Any]) -> str:
     speeds = record["tokens_per_second"]
     kinds = list(next(iter(record["milliseconds"].values())))
     lines = [bench.speed_table(speeds)]
-    if record["compiled"]:
-        lines += ["", f"{'torch.compile, static cache':<30}{'decode tok/s':>14}"]
-        lines += [f"{name:<30}{speed:>14.1f}" for name, speed in record["compiled"].items()]
     head = "".join(f"{kind:>10}" for kind in (*kinds, "rest"))
     lines += ["", f"{'ms of a decoded token':<22}{head}"]
     for name, spent in record["milliseconds"].items():
@@ -154,14 +169,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     made = models()
+    with contextlib.ExitStack() as stack:
+        others = llama_cpp(args.threads, stack)
+        for name in tqdm(COMPILED if args.compile else (), desc="compile", leave=False):
+            others[f"{name}, compiled"] = CompiledDecoder(made[name], _DECODE).speed
+        speeds = bench.model_speeds(made, decode=_DECODE, rounds=args.rounds, others=others)
     record = {
         "machine": bench.machine(),
-        "tokens_per_second": bench.model_speeds(made, rounds=args.rounds),
+        "versions": compare.versions(),
+        "tokens_per_second": speeds,
         "milliseconds": {name: breakdown(model) for name, model in made.items()},
-        "compiled": {},
     }
-    if args.compile:
-        record["compiled"] = compiled_speeds({n: made[n] for n in COMPILED}, rounds=args.rounds)
     print(table(record))
     print(results.write(f"model_{args.threads}_threads", record))
 

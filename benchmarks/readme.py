@@ -62,7 +62,10 @@ def peers(record: dict[str, Any]) -> str:
 def model(record: dict[str, Any]) -> str:
     """Return tokens/s of a whole model, a row a scheme."""
     speeds = record["tokens_per_second"]
-    rows = [[n, f"{s['prefill']:.0f}", f"{s['decode']:.1f}"] for n, s in speeds.items()]
+    rows = [
+        [name, *(f"{speed[w]:.0f}" if w in speed else "" for w in ("prefill", "decode"))]
+        for name, speed in speeds.items()
+    ]
     return f"{_table(['', 'prefill tok/s', 'decode tok/s'], rows)}\n\n{_machine(record)}."
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import platform
 import statistics
@@ -172,7 +173,13 @@ def linear_table(records: list[dict[str, Any]]) -> str:
 
 
 def model_speeds(
-    models: dict[str, Any], *, prompt: int = 512, decode: int = 32, rounds: int = 3, vocab: int = 0
+    models: dict[str, Any],
+    *,
+    prompt: int = 512,
+    decode: int = 32,
+    rounds: int = 3,
+    vocab: int = 0,
+    others: dict[str, Callable[[], dict[str, float]]] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Measure causal models: prefill and decode tokens/s at batch 1, interleaved medians.
 
@@ -182,42 +189,53 @@ def model_speeds(
         decode: tokens decoded one by one after a prompt of 16, with a cache.
         rounds: each measures every model once.
         vocab: token ids are drawn below this; 0 takes it from the first model's configuration.
+        others: what measures itself, in turn with the models: tokens/s by `"prefill"`, `"decode"`.
     """
     first = next(iter(models.values()))
     ids = torch.randint(
         vocab or first.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)
     )
-    samples: dict[str, dict[str, list[float]]] = {
-        name: {"prefill": [], "decode": []} for name in models
+    takers: dict[str, Callable[[], dict[str, float]]] = {
+        name: functools.partial(_model_speed, model, ids, decode) for name, model in models.items()
     }
-    with torch.inference_mode():
+    takers |= others or {}
+    samples: dict[str, dict[str, list[float]]] = {name: {} for name in takers}
+    with torch.no_grad():
         for round_ in tqdm(
             range(rounds + 1), desc="measure speed", unit="round", delay=1, leave=False
         ):
-            for name, model in models.items():
-                started = time.perf_counter()
-                model(ids, logits_to_keep=1)
-                prefill = time.perf_counter() - started
-                output = model(ids[:, :16], use_cache=True, logits_to_keep=1)
-                started = time.perf_counter()
-                for _ in range(decode):
-                    token = output.logits[:, -1:].argmax(-1)
-                    output = model(token, past_key_values=output.past_key_values, use_cache=True)
-                seconds = time.perf_counter() - started
-                if round_:  # the first one warms up
-                    samples[name]["prefill"].append(prompt / prefill)
-                    samples[name]["decode"].append(decode / seconds)
+            for name, take in takers.items():
+                speeds = take()
+                for what in speeds if round_ else ():  # the first one warms up
+                    samples[name].setdefault(what, []).append(speeds[what])
     return {
         name: {what: statistics.median(values) for what, values in of.items()}
         for name, of in samples.items()
     }
 
 
+@torch.inference_mode()
+def _model_speed(model: Any, ids: Tensor, decode: int) -> dict[str, float]:
+    started = time.perf_counter()
+    model(ids, logits_to_keep=1)
+    prefill = time.perf_counter() - started
+    output = model(ids[:, :16], use_cache=True, logits_to_keep=1)
+    started = time.perf_counter()
+    for _ in range(decode):
+        token = output.logits[:, -1:].argmax(-1)
+        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+    seconds = time.perf_counter() - started
+    return {"prefill": ids.shape[1] / prefill, "decode": decode / seconds}
+
+
 def speed_table(speeds: dict[str, dict[str, float]]) -> str:
     """Return what `model_speeds` measured as a table; in brackets, times as fast as the first."""
     base = next(iter(speeds.values()))
-    lines = [f"{'':<22}{'prefill tok/s':>20}{'decode tok/s':>20}"]
+    lines = [f"{'':<30}{'prefill tok/s':>20}{'decode tok/s':>20}"]
     for name, speed in speeds.items():
-        both = [f"{speed[w]:.1f} ({speed[w] / base[w]:.2f})" for w in ("prefill", "decode")]
-        lines.append(f"{name:<22}{both[0]:>20}{both[1]:>20}")
+        both = [
+            f"{speed[w]:.1f} ({speed[w] / base[w]:.2f})" if w in speed else ""
+            for w in ("prefill", "decode")
+        ]
+        lines.append(f"{name:<30}{both[0]:>20}{both[1]:>20}")
     return "\n".join(lines)

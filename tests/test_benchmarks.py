@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compare, peers
+from benchmarks import compare, model, peers
+from llmq import bench
+from tests import families
 
 CEILINGS = {
     "read_256k_gbs": 100.0,
@@ -123,3 +126,29 @@ def test_moved_tells_change_from_noise() -> None:
     wide = [record("llmq w8a8", 0.8e-3, low=0.7e-3, high=1.1e-3)]
     assert not compare.moved(wide, old)
     assert not compare.moved(json.loads(json.dumps(old)), old)
+
+
+def test_models_are_measured_in_turn_with_what_measures_itself() -> None:
+    turns: list[int] = []
+
+    def other() -> dict[str, float]:
+        turns.append(len(turns))
+        return {"decode": 100.0 + len(turns)}
+
+    llama = families.CAUSAL["llama"]().eval()
+    speeds = bench.model_speeds(
+        {"float32": llama}, prompt=16, decode=2, rounds=3, others={"other": other}
+    )
+    assert speeds["float32"]["prefill"] > 0 and speeds["float32"]["decode"] > 0
+    assert speeds["other"] == {"decode": 103.0}  # the first of four turns warms up
+    text = bench.speed_table(speeds)
+    assert text.splitlines()[2].split()[:2] == ["other", "103.0"]
+
+
+def test_llama_cpp_is_left_out_with_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with contextlib.ExitStack() as stack:
+        assert model.llama_cpp(1, stack) == {}
+    assert "pip install llama-cpp-python" in capsys.readouterr().out
