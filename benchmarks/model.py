@@ -91,8 +91,7 @@ def breakdown(model: Any, *, rounds: int = 9) -> dict[str, float]:
 class CompiledDecoder:
     """A model whose decoding step is compiled whole, with a static cache of the length in use.
 
-    Guards, which ask on every call whether the model has changed, are not evaluated. Inductor's
-    C++ wrapper is not used: it takes a twentieth off a step and minutes to compile.
+    Inductor's C++ wrapper is not used: it takes a tenth off a step and minutes to compile.
     """
 
     def __init__(self, model: Any, decode: int) -> None:
@@ -101,7 +100,6 @@ class CompiledDecoder:
         self._model = model
         self._decode = decode
         self._cache = StaticCache(config=model.config, max_cache_len=_PROMPT + decode)
-        torch._dynamo.reset()  # each model's code is its own; limits on recompiling are not
         self._compiled = torch.compile(self._step, fullgraph=True)
         self._run()
 
@@ -127,8 +125,7 @@ class CompiledDecoder:
 
     def speed(self) -> dict[str, float]:
         """Return decoded tokens/s, for `bench.model_speeds`."""
-        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
-            return {"decode": self._decode / self._run()}
+        return {"decode": self._decode / self._run()}
 
 
 def llama_cpp(threads: int, stack: contextlib.ExitStack) -> dict[str, Callable[[], Any]]:
