@@ -29,7 +29,6 @@ constexpr int64_t kFewRows = 12;
 
 // Panels that are expanded, and that one thread takes, at once: int8_gemm's tile.
 constexpr int64_t kPanels = 4;
-constexpr int64_t kGrain = 1 << 20;  // products
 
 struct Weight {
   BitmapPanels kept;

@@ -108,7 +108,7 @@ bool run_digits(const Weight& w, const Codebooks& codebooks, const Rows& x, cons
   const std::optional<Codes> digits = split_floats(x, 0, 1, segment);
   if (!digits.has_value()) return false;
   const CodeTiles tile = code_tiles(*digits, Tiles(1, 1), w.K, segment);
-  for_panels(ceil_div(w.N, kPanel), w.K * kPanel, [&](int64_t panel) {
+  for_panels(w.N, w.K * kPanel, kGrain, [&](int64_t panel) {
     alignas(64) float y[kPanel];
     codebook_int8_gemv()({.weight = w.panel(panel),
                           .digits = codebooks.bytes,

@@ -117,6 +117,14 @@ void parallel_rows(int64_t rows, int64_t K, const Body& body) {
   parallel_units(rows, K, 1 << 18, body);
 }
 
+// The same over the panels of N outputs: calls body(panel) for each, of `work` each.
+template <class Body>
+void for_panels(int64_t N, int64_t work, int64_t grain, const Body& body) {
+  parallel_units(ceil_div(N, kPanel), work, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) body(p);
+  });
+}
+
 void check_group(const char* op, int64_t group_size, int64_t K);
 
 // int8_gemm for groups that end inside a block of 4 inputs, which no microkernel takes: right,

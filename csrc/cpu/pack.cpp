@@ -13,12 +13,9 @@ constexpr int64_t kPackGrain = 1 << 16;
 constexpr uint8_t kFlip = 0x80;  // int8 code ↔ code + 128
 
 template <class PackPanel>
-void for_panels(int64_t N, int64_t panel_bytes, const PackPanel& body) {
+void over_panels(int64_t N, int64_t panel_bytes, const PackPanel& body) {
   if (panel_bytes == 0) return;  // no inputs: tensors without elements may have no address
-  torch::stable::parallel_for(0, ceil_div(N, kPanel), ceil_div(kPackGrain, panel_bytes + 1),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t p = begin; p < end; ++p) body(p);
-                              });
+  for_panels(N, panel_bytes, kPackGrain, body);
 }
 
 uint8_t nibble(const uint8_t* row, int64_t k, int64_t K) {
@@ -27,7 +24,7 @@ uint8_t nibble(const uint8_t* row, int64_t k, int64_t K) {
 
 void unpack_panels8(const uint8_t* packed, int64_t N, int64_t K, uint8_t* codes) {
   const int64_t K4 = ceil_div(K, 4);
-  for_panels(N, K4 * kBlockBytes, [&](int64_t p) {
+  over_panels(N, K4 * kBlockBytes, [&](int64_t p) {
     for (int64_t n = p * kPanel; n < N && n < (p + 1) * kPanel; ++n) {
       const uint8_t* lane = packed + p * K4 * kBlockBytes + (n % kPanel) * 4;
       for (int64_t k = 0; k < K; ++k) {
@@ -39,7 +36,7 @@ void unpack_panels8(const uint8_t* packed, int64_t N, int64_t K, uint8_t* codes)
 
 void unpack_panels4(const uint8_t* packed, int64_t N, int64_t K, uint8_t* nibbles) {
   const int64_t K8 = ceil_div(K, 8), K2 = ceil_div(K, 2);
-  for_panels(N, K8 * kBlockBytes, [&](int64_t p) {
+  over_panels(N, K8 * kBlockBytes, [&](int64_t p) {
     for (int64_t n = p * kPanel; n < N && n < (p + 1) * kPanel; ++n) {
       const uint8_t* lane = packed + p * K8 * kBlockBytes + (n % kPanel) * 4;
       const auto at = [&](int64_t k) -> uint8_t {
@@ -54,7 +51,7 @@ void unpack_panels4(const uint8_t* packed, int64_t N, int64_t K, uint8_t* nibble
 
 void pack_panels8(const uint8_t* codes, int64_t N, int64_t K, uint8_t* packed) {
   const int64_t K4 = ceil_div(K, 4);
-  for_panels(N, K4 * kBlockBytes, [&](int64_t p) {
+  over_panels(N, K4 * kBlockBytes, [&](int64_t p) {
     uint8_t* panel = packed + p * K4 * kBlockBytes;
     if ((p + 1) * kPanel > N || K % 4 != 0) std::memset(panel, kFlip, K4 * kBlockBytes);
     for (int64_t n = p * kPanel; n < N && n < (p + 1) * kPanel; ++n) {
@@ -74,7 +71,7 @@ void pack_panels8(const uint8_t* codes, int64_t N, int64_t K, uint8_t* packed) {
 
 void pack_panels4(const uint8_t* nibbles, int64_t N, int64_t K, uint8_t* packed) {
   const int64_t K8 = ceil_div(K, 8), K2 = ceil_div(K, 2);
-  for_panels(N, K8 * kBlockBytes, [&](int64_t p) {
+  over_panels(N, K8 * kBlockBytes, [&](int64_t p) {
     uint8_t* panel = packed + p * K8 * kBlockBytes;
     if ((p + 1) * kPanel > N) std::memset(panel, 0, K8 * kBlockBytes);
     for (int64_t n = p * kPanel; n < N && n < (p + 1) * kPanel; ++n) {

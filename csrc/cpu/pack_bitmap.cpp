@@ -15,14 +15,6 @@ constexpr const char* kUnpack = "unpack_bitmap_panels";
 constexpr uint8_t kFlip = 0x80;      // int8 code ↔ code + 128
 constexpr int64_t kGrain = 1 << 14;  // inputs of panels that a thread takes: some 100 us
 
-template <class Body>
-void for_panels(int64_t N, int64_t K, const Body& body) {
-  torch::stable::parallel_for(0, ceil_div(N, kPanel), ceil_div(kGrain, K + 1),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t p = begin; p < end; ++p) body(p);
-                              });
-}
-
 // Positions 4i … 4i + 3 of a row's mask; bits beyond K are dropped.
 uint64_t four_bits(const uint8_t* row, int64_t i, int64_t K) {
   const int64_t left = K - 4 * i;
@@ -125,7 +117,7 @@ Tensors3 pack_bitmap_panels(const Tensor& weight, const Tensor& weight_bitmask,
   start[P] = total;
   std::memset(target + total, kFlip, kBlockBytes);
 
-  for_panels(N, K, [&](int64_t p) {
+  for_panels(N, K, kGrain, [&](int64_t p) {
     const int64_t first = p * kPanel, lanes = N - first < kPanel ? N - first : kPanel;
     const uint8_t* from[kPanel];
     for (int64_t lane = 0; lane < lanes; ++lane) from[lane] = source + offsets[first + lane];
@@ -160,7 +152,7 @@ Tensors3 unpack_bitmap_panels(const Tensor& weight, const Tensor& weight_bitmask
   auto* target_mask = static_cast<uint8_t*>(row_mask.mutable_data_ptr());
   if (N * bytes > 0) std::memset(target_mask, 0, N * bytes);
   std::vector<uint8_t> consistent(P);
-  for_panels(N, K, [&](int64_t p) {
+  for_panels(N, K, kGrain, [&](int64_t p) {
     const int64_t first = p * kPanel, lanes = N - first < kPanel ? N - first : kPanel;
     int64_t count[kPanel] = {}, all = 0;
     bool within = true;
@@ -189,7 +181,7 @@ Tensors3 unpack_bitmap_panels(const Tensor& weight, const Tensor& weight_bitmask
   const int64_t weight_size[] = {offsets[N]};
   const Tensor row_values = empty(weight_size, 1, ScalarType::Char);
   auto* target = static_cast<uint8_t*>(row_values.mutable_data_ptr());
-  for_panels(N, K, [&](int64_t p) {
+  for_panels(N, K, kGrain, [&](int64_t p) {
     const int64_t first = p * kPanel, lanes = N - first < kPanel ? N - first : kPanel;
     uint8_t* to[kPanel];
     for (int64_t lane = 0; lane < lanes; ++lane) to[lane] = target + offsets[first + lane];

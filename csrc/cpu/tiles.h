@@ -1,5 +1,5 @@
 // What weight_only_linear and codebook_linear share: rows cut into tiles whose inputs lie side by
-// side, the float path, results on their way out, panels over threads.
+// side, the float path, results on their way out.
 #pragma once
 
 #include <algorithm>
@@ -43,13 +43,7 @@ struct Result {
   int64_t rows, N;
 };
 
-// Calls body(panel) for each of the panels, over threads where `products` a panel make it pay.
-template <class Body>
-void for_panels(int64_t panels, int64_t products, const Body& body) {
-  parallel_units(panels, products, 1 << 20, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) body(p);
-  });
-}
+inline constexpr int64_t kGrain = 1 << 20;  // products that one thread takes before a second helps
 
 // Tokens a pass: bounds the scratch and keeps x in the second-level cache; a whole number of tiles.
 inline constexpr int64_t kPassRows = 20 * kTile;
@@ -98,7 +92,7 @@ void float_panels(const Rows& x, int64_t m, const Result& result, bool has_gemv,
   const Tiles tiles(result.rows, kTile);
   const float* const inputs = float_tiles(x, m, tiles);
   const int64_t K = x.K, stride = round_up(K, 8);
-  for_panels(ceil_div(result.N, kPanel), result.rows * K * kPanel, [&](int64_t panel) {
+  for_panels(result.N, result.rows * K * kPanel, kGrain, [&](int64_t panel) {
     const auto state = prepare(panel);
     if (result.rows == 1 && has_gemv) {
       alignas(64) float y[kPanel];

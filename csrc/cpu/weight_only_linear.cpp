@@ -56,7 +56,7 @@ void run_codes(const Weight& w, const Codes& c, int64_t segment, const Result& r
   WeightOnlyInt8GemmFn* const kernel =
       blocks ? weight_only_int8_gemm() : weight_only_int8_gemm_portable;
   const int64_t products = c.tokens * c.digits * w.K * kPanel;
-  for_panels(ceil_div(w.N, kPanel), products, [&](int64_t panel) {
+  for_panels(w.N, products, kGrain, [&](int64_t panel) {
     const Panel ready = prepare(w, panel);
     const int64_t next = (panel + 1) * kPanel * w.groups;
     const bool fetch = w.groups > 1 && (panel + 1) * kPanel < w.N;
