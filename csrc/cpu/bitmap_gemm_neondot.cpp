@@ -6,9 +6,7 @@
 // tokens. Bound by expanding, which tokens share: 82 instructions of GCC 12 a block, where 16 loads, 8
 // flips and 8 tbl are the least; then 33 for 4 tokens, 16 of them sdot, and 12 for 1. Arm speed is not
 // yet measured.
-#include <arm_neon.h>
-
-#include "kernels.h"
+#include "neon.h"
 
 #if !defined(__ARM_FEATURE_DOTPROD)
 #error "setup.py gives this file its instruction set by its name: _neondot"
@@ -18,7 +16,6 @@ namespace llmq {
 namespace {
 
 constexpr int64_t kTokens = 4;
-constexpr int kRegisters = 4;  // of 4 outputs: a panel
 
 // Byte i of an entry: which of the kept bytes belongs at i, or 0x80 for none.
 struct Table {
@@ -61,26 +58,6 @@ Block next_block(const uint8_t*& weight, const uint8_t* mask) {
   return block;
 }
 
-int8x16_t broadcast4(const int8_t* x) {
-  int32_t four;
-  __builtin_memcpy(&four, x, 4);
-  return vreinterpretq_s8_s32(vdupq_n_s32(four));
-}
-
-float32x4_t load_lanes(const float* p, int64_t left) {
-  if (left >= 4) return vld1q_f32(p);
-  float lanes[4] = {};
-  for (int64_t i = 0; i < left; ++i) lanes[i] = p[i];
-  return vld1q_f32(lanes);
-}
-
-void store_lanes(float* p, float32x4_t value, int64_t left) {
-  if (left >= 4) return vst1q_f32(p, value);
-  float lanes[4];
-  vst1q_f32(lanes, value);
-  for (int64_t i = 0; i < left; ++i) p[i] = lanes[i];
-}
-
 template <int T>
 void tile(const Int8Gemm& g, const uint8_t* weight, const uint8_t* mask, int64_t n, int64_t m) {
   const int64_t group_blocks = g.K4 / g.groups;
@@ -102,13 +79,7 @@ void tile(const Int8Gemm& g, const uint8_t* weight, const uint8_t* mask, int64_t
         sum[t][v] = vfmaq_n_f32(sum[t][v], vcvtq_f32_s32(dot[t][v]), scale);
     }
   }
-  for (int v = 0; v < kRegisters && n < g.N; ++v, n += 4) {
-    const float32x4_t scale = load_lanes(g.weight_scale + n, g.N - n);
-    const float32x4_t bias = g.bias == nullptr ? vdupq_n_f32(0) : load_lanes(g.bias + n, g.N - n);
-    for (int t = 0; t < T; ++t) {
-      store_lanes(g.y + (m + t) * g.y_stride + n, vfmaq_f32(bias, sum[t][v], scale), g.N - n);
-    }
-  }
+  store_tile(g, n, m, sum);
 }
 
 using Tile = void(const Int8Gemm&, const uint8_t* weight, const uint8_t* mask, int64_t n,

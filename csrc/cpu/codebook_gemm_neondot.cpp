@@ -5,9 +5,7 @@
 // takes two to four cycles. 8 bits: 1 KiB is beyond tbl (16 look-ups of 64 bytes a register), so
 // those run the portable look-ups one by one. A quarter of a block takes GCC 12 61 instructions, 8 of
 // them tbl and 8 fmla. Arm speed is not yet measured.
-#include <arm_neon.h>
-
-#include "kernels.h"
+#include "neon.h"
 
 #if !defined(__ARM_FEATURE_DOTPROD)
 #error "setup.py gives this file its instruction set by its name: _neondot"
@@ -16,8 +14,7 @@
 namespace llmq {
 namespace {
 
-constexpr int kRegisters = 4;  // of 4 outputs: a panel
-constexpr int kInputs = 8;     // of a block
+constexpr int kInputs = 8;  // of a block
 
 struct Table {
   explicit Table(const float* codebook) {

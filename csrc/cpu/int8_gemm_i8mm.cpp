@@ -10,9 +10,7 @@
 // Tile: 1 panel × 2, 4 or 6 tokens, up to 24 accumulators; a last odd token runs int8_gemm_neondot.
 // Bound by usmmla, then by the zips that tokens share: two blocks take GCC 12 63 instructions for 6
 // tokens, of which 24 are usmmla (sdot: 102). Arm speed is not yet measured.
-#include <arm_neon.h>
-
-#include "kernels.h"
+#include "neon.h"
 
 #if !defined(__ARM_FEATURE_MATMUL_INT8)
 #error "setup.py gives this file its instruction set by its name: _i8mm"
@@ -22,21 +20,6 @@ namespace llmq {
 namespace {
 
 constexpr int64_t kTokenPairs = 3;
-constexpr int kRegisters = 4;  // of 4 outputs: a panel
-
-float32x4_t load_lanes(const float* p, int64_t left) {
-  if (left >= 4) return vld1q_f32(p);
-  float lanes[4] = {};
-  for (int64_t i = 0; i < left; ++i) lanes[i] = p[i];
-  return vld1q_f32(lanes);
-}
-
-void store_lanes(float* p, float32x4_t value, int64_t left) {
-  if (left >= 4) return vst1q_f32(p, value);
-  float lanes[4];
-  vst1q_f32(lanes, value);
-  for (int64_t i = 0; i < left; ++i) p[i] = lanes[i];
-}
 
 // 8 inputs of two tokens; with one block left, 4 of each and zeros.
 template <bool kTwoBlocks>
@@ -96,13 +79,7 @@ void tile(const Int8Gemm& g, int64_t n, int64_t m) {
       }
     }
   }
-  for (int v = 0; v < kRegisters && n < g.N; ++v, n += 4) {
-    const float32x4_t scale = load_lanes(g.weight_scale + n, g.N - n);
-    const float32x4_t bias = g.bias == nullptr ? vdupq_n_f32(0) : load_lanes(g.bias + n, g.N - n);
-    for (int t = 0; t < 2 * P; ++t) {
-      store_lanes(g.y + (m + t) * g.y_stride + n, vfmaq_f32(bias, sum[t][v], scale), g.N - n);
-    }
-  }
+  store_tile(g, n, m, sum);
 }
 
 using Tile = void(const Int8Gemm&, int64_t n, int64_t m);

@@ -5,9 +5,7 @@
 // top bit makes u = w + 128 signed, so x_offset is not needed. Tile: 1 panel × up to 6 tokens, 24
 // accumulators. Bound by sdot for 6 tokens, by memory for 1: a block takes GCC 12 51 instructions for
 // 6 tokens, of which 24 are sdot, and 16 for 1, of which 4. Arm speed is not yet measured.
-#include <arm_neon.h>
-
-#include "kernels.h"
+#include "neon.h"
 
 #if !defined(__ARM_FEATURE_DOTPROD)
 #error "setup.py gives this file its instruction set by its name: _neondot"
@@ -17,27 +15,6 @@ namespace llmq {
 namespace {
 
 constexpr int64_t kTokens = 6;
-constexpr int kRegisters = 4;  // of 4 outputs: a panel
-
-int8x16_t broadcast4(const int8_t* x) {
-  int32_t four;
-  __builtin_memcpy(&four, x, 4);
-  return vreinterpretq_s8_s32(vdupq_n_s32(four));
-}
-
-float32x4_t load_lanes(const float* p, int64_t left) {
-  if (left >= 4) return vld1q_f32(p);
-  float lanes[4] = {};
-  for (int64_t i = 0; i < left; ++i) lanes[i] = p[i];
-  return vld1q_f32(lanes);
-}
-
-void store_lanes(float* p, float32x4_t value, int64_t left) {
-  if (left >= 4) return vst1q_f32(p, value);
-  float lanes[4];
-  vst1q_f32(lanes, value);
-  for (int64_t i = 0; i < left; ++i) p[i] = lanes[i];
-}
 
 template <int T>
 void tile(const Int8Gemm& g, int64_t n, int64_t m) {
@@ -63,13 +40,7 @@ void tile(const Int8Gemm& g, int64_t n, int64_t m) {
         sum[t][v] = vfmaq_n_f32(sum[t][v], vcvtq_f32_s32(dot[t][v]), scale);
     }
   }
-  for (int v = 0; v < kRegisters && n < g.N; ++v, n += 4) {
-    const float32x4_t scale = load_lanes(g.weight_scale + n, g.N - n);
-    const float32x4_t bias = g.bias == nullptr ? vdupq_n_f32(0) : load_lanes(g.bias + n, g.N - n);
-    for (int t = 0; t < T; ++t) {
-      store_lanes(g.y + (m + t) * g.y_stride + n, vfmaq_f32(bias, sum[t][v], scale), g.N - n);
-    }
-  }
+  store_tile(g, n, m, sum);
 }
 
 using Tile = void(const Int8Gemm&, int64_t n, int64_t m);

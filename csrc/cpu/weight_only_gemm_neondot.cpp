@@ -8,9 +8,7 @@
 // dequantized weights (panel_gemm, 6 rows × 16 outputs). Instructions of GCC 12 for 6 rows: a block
 // of bytes 50, 24 of them sdot; of nibbles 98, 48 of them sdot; an input of panel_gemm 40, 24 of
 // them fmla. Arm speed is not yet measured.
-#include <arm_neon.h>
-
-#include "kernels.h"
+#include "neon.h"
 
 #if !defined(__ARM_FEATURE_DOTPROD)
 #error "setup.py gives this file its instruction set by its name: _neondot"
@@ -19,14 +17,7 @@
 namespace llmq {
 namespace {
 
-constexpr int kRegisters = 4;  // of 4 outputs: a panel
 constexpr int64_t kMostRows = 6;
-
-int8x16_t broadcast4(const int8_t* x) {
-  int32_t four;
-  __builtin_memcpy(&four, x, 4);
-  return vreinterpretq_s8_s32(vdupq_n_s32(four));
-}
 
 // 16 outputs × 4 (bits 8) or 8 (bits 4) inputs.
 template <int kBits, int kRows>
@@ -154,14 +145,6 @@ void panel_gemm(const PanelGemm& g, int64_t row) {
 // What max|x| becomes: 127 below the largest sum of three digits, so that rounding cannot pass it.
 constexpr float kTop = 0x7f7f00;
 
-// Four inputs, 0 beyond `count`.
-float32x4_t first(const float* x, int64_t count) {
-  if (count >= 4) return vld1q_f32(x);
-  float lanes[4] = {};
-  for (int64_t i = 0; i < count; ++i) lanes[i] = x[i];
-  return vld1q_f32(lanes);
-}
-
 }  // namespace
 
 void weight_only_int8_gemm_neondot(const WeightOnlyInt8Gemm& g) {
@@ -192,7 +175,7 @@ bool split_rows_neondot(const SplitRows& s) {
       // As integers the magnitudes of floats order alike, with infinity and NaN on top.
       uint32x4_t top = vdupq_n_u32(0);
       for (int64_t j = 0; j < inputs; j += 4) {
-        const uint32x4_t bits = vreinterpretq_u32_f32(first(x + j, inputs - j));
+        const uint32x4_t bits = vreinterpretq_u32_f32(load_lanes(x + j, inputs - j));
         top = vmaxq_u32(top, vandq_u32(bits, vdupq_n_u32(0x7fffffff)));
       }
       const float amax = __builtin_bit_cast(float, vmaxvq_u32(top));
@@ -201,7 +184,7 @@ bool split_rows_neondot(const SplitRows& s) {
       int32x4_t sum[3] = {};
       for (int64_t j = 0; j < inputs; j += 4) {
         const int64_t count = inputs - j < 4 ? inputs - j : 4;
-        int32x4_t rest = vcvtnq_s32_f32(vmulq_n_f32(first(x + j, count), inverse));
+        int32x4_t rest = vcvtnq_s32_f32(vmulq_n_f32(load_lanes(x + j, count), inverse));
         for (int d = 2; d >= 0; --d) {
           const int32x4_t higher = vrshrq_n_s32(rest, 8);
           const int32x4_t digit = d == 0 ? rest : vsubq_s32(rest, vshlq_n_s32(higher, 8));
