@@ -34,43 +34,38 @@ __m128i narrow(__m256 value) {
   return to_bfloat(value);
 }
 
-// A row's last elements pass through a buffer of 8: AVX2 has no masks for 16-bit elements.
-template <Dtype dtype>
-void widen_rows(const ConvertRows& c) {
+// Calls body(source, target) for 8 elements at a time. A row's last ones pass through buffers: AVX2
+// has no masks for 16-bit elements.
+template <class Target, class Source, class Body>
+void convert_rows(const ConvertRows& c, const Body& body) {
   for (int64_t m = 0; m < c.rows; ++m) {
-    const uint16_t* source = static_cast<const uint16_t*>(c.source) + m * c.source_stride;
-    float* target = static_cast<float*>(c.target) + m * c.target_stride;
+    const Source* source = static_cast<const Source*>(c.source) + m * c.source_stride;
+    Target* target = static_cast<Target*>(c.target) + m * c.target_stride;
     int64_t k = 0;
-    for (; k + 8 <= c.columns; k += 8) {
-      const __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + k));
-      _mm256_storeu_ps(target + k, widen<dtype>(value));
-    }
+    for (; k + 8 <= c.columns; k += 8) body(source + k, target + k);
     if (k == c.columns) continue;
-    alignas(32) uint16_t last[8] = {};
-    alignas(32) float wide[8];
-    for (int64_t i = k; i < c.columns; ++i) last[i - k] = source[i];
-    _mm256_store_ps(wide, widen<dtype>(_mm_load_si128(reinterpret_cast<__m128i*>(last))));
-    for (int64_t i = k; i < c.columns; ++i) target[i] = wide[i - k];
+    alignas(32) Source from[8] = {};
+    alignas(32) Target to[8];
+    for (int64_t i = k; i < c.columns; ++i) from[i - k] = source[i];
+    body(from, to);
+    for (int64_t i = k; i < c.columns; ++i) target[i] = to[i - k];
   }
 }
 
 template <Dtype dtype>
+void widen_rows(const ConvertRows& c) {
+  convert_rows<float, uint16_t>(c, [](const uint16_t* source, float* target) {
+    const __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+    _mm256_storeu_ps(target, widen<dtype>(value));
+  });
+}
+
+template <Dtype dtype>
 void narrow_rows(const ConvertRows& c) {
-  for (int64_t m = 0; m < c.rows; ++m) {
-    const float* source = static_cast<const float*>(c.source) + m * c.source_stride;
-    uint16_t* target = static_cast<uint16_t*>(c.target) + m * c.target_stride;
-    int64_t k = 0;
-    for (; k + 8 <= c.columns; k += 8) {
-      const __m128i value = narrow<dtype>(_mm256_loadu_ps(source + k));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(target + k), value);
-    }
-    if (k == c.columns) continue;
-    alignas(32) float last[8] = {};
-    alignas(32) uint16_t half[8];
-    for (int64_t i = k; i < c.columns; ++i) last[i - k] = source[i];
-    _mm_store_si128(reinterpret_cast<__m128i*>(half), narrow<dtype>(_mm256_load_ps(last)));
-    for (int64_t i = k; i < c.columns; ++i) target[i] = half[i - k];
-  }
+  convert_rows<uint16_t, float>(c, [](const float* source, uint16_t* target) {
+    const __m128i value = narrow<dtype>(_mm256_loadu_ps(source));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target), value);
+  });
 }
 
 void copy_rows(const ConvertRows& c) {

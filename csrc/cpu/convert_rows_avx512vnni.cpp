@@ -37,41 +37,34 @@ __mmask16 tail(int64_t left) {
   return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
 }
 
+// Calls body(source, target, mask) for 16 elements at a time.
+template <class Target, class Source, class Body>
+void convert_rows(const ConvertRows& c, const Body& body) {
+  for (int64_t m = 0; m < c.rows; ++m) {
+    const Source* source = static_cast<const Source*>(c.source) + m * c.source_stride;
+    Target* target = static_cast<Target*>(c.target) + m * c.target_stride;
+    for (int64_t k = 0; k < c.columns; k += 16) body(source + k, target + k, tail(c.columns - k));
+  }
+}
+
 template <Dtype dtype>
 void widen_rows(const ConvertRows& c) {
-  for (int64_t m = 0; m < c.rows; ++m) {
-    const uint16_t* source = static_cast<const uint16_t*>(c.source) + m * c.source_stride;
-    float* target = static_cast<float*>(c.target) + m * c.target_stride;
-    for (int64_t k = 0; k < c.columns; k += 16) {
-      const __mmask16 mask = tail(c.columns - k);
-      _mm512_mask_storeu_ps(target + k, mask,
-                            widen<dtype>(_mm256_maskz_loadu_epi16(mask, source + k)));
-    }
-  }
+  convert_rows<float, uint16_t>(c, [](const uint16_t* source, float* target, __mmask16 mask) {
+    _mm512_mask_storeu_ps(target, mask, widen<dtype>(_mm256_maskz_loadu_epi16(mask, source)));
+  });
 }
 
 template <Dtype dtype>
 void narrow_rows(const ConvertRows& c) {
-  for (int64_t m = 0; m < c.rows; ++m) {
-    const float* source = static_cast<const float*>(c.source) + m * c.source_stride;
-    uint16_t* target = static_cast<uint16_t*>(c.target) + m * c.target_stride;
-    for (int64_t k = 0; k < c.columns; k += 16) {
-      const __mmask16 mask = tail(c.columns - k);
-      _mm256_mask_storeu_epi16(target + k, mask,
-                               narrow<dtype>(_mm512_maskz_loadu_ps(mask, source + k)));
-    }
-  }
+  convert_rows<uint16_t, float>(c, [](const float* source, uint16_t* target, __mmask16 mask) {
+    _mm256_mask_storeu_epi16(target, mask, narrow<dtype>(_mm512_maskz_loadu_ps(mask, source)));
+  });
 }
 
 void copy_rows(const ConvertRows& c) {
-  for (int64_t m = 0; m < c.rows; ++m) {
-    const float* source = static_cast<const float*>(c.source) + m * c.source_stride;
-    float* target = static_cast<float*>(c.target) + m * c.target_stride;
-    for (int64_t k = 0; k < c.columns; k += 16) {
-      const __mmask16 mask = tail(c.columns - k);
-      _mm512_mask_storeu_ps(target + k, mask, _mm512_maskz_loadu_ps(mask, source + k));
-    }
-  }
+  convert_rows<float, float>(c, [](const float* source, float* target, __mmask16 mask) {
+    _mm512_mask_storeu_ps(target, mask, _mm512_maskz_loadu_ps(mask, source));
+  });
 }
 
 }  // namespace

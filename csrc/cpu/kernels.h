@@ -1,10 +1,10 @@
 // The contract of every microkernel: what a driver (one .cpp a family) and its kernels share.
 //
 // A microkernel gets plain pointers to checked, sized memory; it neither allocates, threads, checks
-// nor knows torch. An instruction-set file includes intrinsics, this header and such as neon.h that
-// only instruction-set files share, nothing else. Helpers, those headers' too, stand in an anonymous
-// namespace: inline functions compiled with different flags under one name would be merged by the
-// linker (ODR).
+// nor knows torch. An instruction-set file includes intrinsics, this header, and headers that only
+// such files share (neon.h, quantize_rows.h); nothing else. Helpers, in those headers too, stand in
+// an anonymous namespace: inline functions compiled with different flags under one name would be
+// merged by the linker (ODR).
 //
 // M tokens, N outputs, K inputs; x [M, K], y [M, N]. Strides are in elements.
 //

@@ -2,7 +2,7 @@
 // cache.
 #include <immintrin.h>
 
-#include "kernels.h"
+#include "quantize_rows.h"
 
 #if !defined(__AVX512BW__) || !defined(__AVX512VL__)
 #error "setup.py gives this file its instruction set by its name: _avx512vnni"
@@ -73,26 +73,8 @@ void clear(int8_t* codes, int64_t count) {
 
 template <Dtype dtype>
 void quantize(const QuantizeRows& q) {
-  const int64_t groups = q.K == 0 ? 1 : q.K / q.group_size;
-  for (int64_t m = 0; m < q.rows; ++m) {
-    const auto* x = static_cast<const typename Input<dtype>::Element*>(q.x) + m * q.x_stride;
-    int8_t* codes = q.codes + m * q.codes_stride;
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t k = g * q.group_size;
-      const int32_t largest = largest_magnitude<dtype>(x + k, q.group_size);
-      const float amax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(largest)));
-      const bool finite = largest < 0x7f800000;
-      int32_t sum = 0;
-      if (finite && amax > 1e-30f) {
-        sum = encode<dtype>(x + k, q.group_size, 127.0f / amax, codes + k);
-      } else {
-        clear(codes + k, q.group_size);
-      }
-      q.scale[m * groups + g] = finite ? amax / 127.0f : __builtin_nanf("");
-      if (q.offset != nullptr) q.offset[m * groups + g] = -128 * sum;
-    }
-    clear(codes + q.K, q.codes_columns - q.K);
-  }
+  quantize_groups<typename Input<dtype>::Element, largest_magnitude<dtype>, encode<dtype>, clear>(
+      q);
 }
 
 }  // namespace

@@ -1,0 +1,37 @@
+// The rows and groups of quantize_rows, around what an instruction set does to one group. Internal
+// linkage: each file that includes this is compiled with flags of its own (see kernels.h).
+#pragma once
+
+#include "kernels.h"
+
+namespace llmq {
+namespace {
+
+// largest_magnitude(x, count): the bits of max|x|. encode(x, count, inverse, codes) writes the codes
+// and returns their sum; clear(codes, count) writes zeros.
+template <class Element, auto largest_magnitude, auto encode, auto clear>
+void quantize_groups(const QuantizeRows& q) {
+  const int64_t groups = q.K == 0 ? 1 : q.K / q.group_size;
+  for (int64_t m = 0; m < q.rows; ++m) {
+    const Element* x = static_cast<const Element*>(q.x) + m * q.x_stride;
+    int8_t* codes = q.codes + m * q.codes_stride;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t k = g * q.group_size;
+      const uint32_t largest = largest_magnitude(x + k, q.group_size);
+      const float amax = __builtin_bit_cast(float, largest);
+      const bool finite = largest < 0x7f800000;
+      int32_t sum = 0;
+      if (finite && amax > 1e-30f) {
+        sum = encode(x + k, q.group_size, 127.0f / amax, codes + k);
+      } else {
+        clear(codes + k, q.group_size);
+      }
+      q.scale[m * groups + g] = finite ? amax / 127.0f : __builtin_nanf("");
+      if (q.offset != nullptr) q.offset[m * groups + g] = -128 * sum;
+    }
+    clear(codes + q.K, q.codes_columns - q.K);
+  }
+}
+
+}  // namespace
+}  // namespace llmq
