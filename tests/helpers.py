@@ -1,14 +1,26 @@
-"""What tests share: shapes that hurt, weights of wide range, comparisons that say where."""
+"""What tests share: shapes that hurt, wide weights, comparisons that say where, processes."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+import llmq
+
+PACKAGE = Path(llmq.__file__).parent
+
 # N, K of a weight: empty, one, odd, prime, and one below and above 16 outputs, 4, 8 and 64 inputs.
 SHAPES = ((0, 0), (0, 5), (5, 0), (1, 1), (1, 4), (3, 7), (2, 8), (15, 9), (17, 63), (16, 65))
+# Cases of misuse by name: what is called, what it raises, and words of the message.
+Errors = dict[str, tuple[Callable[[], object], type[Exception], str]]
 seeds = st.integers(0, 2**31 - 1)
 sizes = st.integers(0, 40)
 
@@ -48,3 +60,26 @@ def assert_within(actual: Tensor, expected: Tensor, tolerance: Tensor, what: str
             f"{what}: {int(wrong.sum())} of {wrong.numel()} differ, first {list(at)}: "
             f"{actual[at].item()}, expected {expected[at].item()} ± {allowed}"
         )
+
+
+def assert_raises(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    """Fail unless `call` raises `error` with `message` in its words."""
+    with pytest.raises(error) as caught:
+        call()
+    assert message in str(caught.value), f"{caught.value} does not say {message!r}"
+
+
+def run_python(
+    code: str, folder: Path = PACKAGE.parent, check: bool = True, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh process that imports llmq from `folder`; `check` that it succeeds."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(folder), **environment},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 or not check, done.stderr
+    return done

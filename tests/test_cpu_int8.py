@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import llmq.ops  # noqa: F401  defines torch.ops.llmq
-from llmq import extension
 from llmq.formats import activation
+from tests.cpu_isas import DTYPES, each_isa, int8_product
+from tests.helpers import assert_within, run_python
 
 ops = torch.ops.llmq
-ISA_FLAGS = {
-    "portable": set(),
-    "avx2": {"avx2", "fma", "f16c"},
-    "avx512vnni": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_vbmi2"},
-}
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROUNDOFF = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SPECIAL = (0.0, -0.0, 1e-45, 1e-31, -1e-30, 1.1e-30, 1e-20, 1.0, -3e38)
 
 # M, N, K, activation group (0: a token). One above and below a tile of 6 tokens, a panel of 16
@@ -52,67 +39,13 @@ SHAPES = (
 )
 
 
-def _cpu_flags() -> set[str]:
-    lines = (
-        Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    )
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
-
-
-@pytest.fixture(params=ISA_FLAGS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set in turn; fails if this CPU has it and the library does not run it."""
-    assert extension.load().loaded, extension.load().error
-    if not ISA_FLAGS[request.param] <= _cpu_flags():
-        pytest.skip(f"this CPU has no {request.param}")
-    before = ops.cpu_isa()
-    ops.set_cpu_isa(request.param)
-    assert ops.cpu_isa() == request.param
-    yield request.param
-    ops.set_cpu_isa(before)
-
-
-def _each_isa() -> Iterator[str]:
-    """The same for hypothesis, which does not run fixtures again for each example."""
-    before = ops.cpu_isa()
-    for name, flags in ISA_FLAGS.items():
-        if flags <= _cpu_flags():
-            ops.set_cpu_isa(name)
-            yield name
-    ops.set_cpu_isa(before)
-
-
-def _assert_close(y: Tensor, expected: Tensor, tolerance: Tensor) -> None:
-    assert y.shape == expected.shape
-    wrong = ~((y.double() - expected).abs() <= tolerance)
-    if wrong.any():
-        at = tuple(wrong.nonzero()[0].tolist())
-        pytest.fail(f"y{at} = {y[at].item()}, expected {expected[at].item()} ± {tolerance[at]}")
-
-
 def _check_linear(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, group: int, stored: Tensor
 ) -> None:
-    """Compare int8_linear with float64 sums of exact dots, computed from the reference's codes."""
-    K, N = x.shape[-1], weight.shape[0]
-    codes, x_scale = activation.quantize_activation(torch.atleast_2d(x).flatten(0, -2), group)
-    G = x_scale.shape[1]
-    exact = torch.einsum(
-        "mgk,ngk->mgn",
-        codes.double().reshape(codes.shape[0], G, K // G),
-        weight.double().reshape(N, G, K // G),
-    )
-    terms = exact * x_scale.double()[:, :, None] * scale.double()[:, 0]
-    expected = terms.sum(1) + (0 if bias is None else bias.double())
-    # Float32 rounds each group's dot, its product with x_scale and its addition, then the products
-    # and sums with weight_scale and bias: G + 4 roundings of values no larger than `magnitude`.
-    magnitude = terms.abs().sum(1) + (0 if bias is None else bias.double().abs())
-    tolerance = (G + 4) * 2**-24 * magnitude
-    if x.dtype != torch.float32:  # and the store rounds once more; 2⁻²⁴ is float16's least value
-        tolerance += ROUNDOFF[x.dtype] * (expected.abs() + tolerance) + 2**-24
+    expected, tolerance = int8_product(x, weight, scale, bias, group)
     y = ops.int8_linear(x, stored, scale, bias, group)
     assert y.dtype == x.dtype
-    _assert_close(y, expected.reshape(*x.shape[:-1], N), tolerance.reshape(*x.shape[:-1], N))
+    assert_within(y, expected, tolerance, ops.cpu_isa())
 
 
 def _inputs(M: int, N: int, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -142,7 +75,7 @@ def test_int8_linear_of_any_shape(data: st.DataObject) -> None:
     group = data.draw(st.sampled_from([0, *(g for g in range(1, K + 1) if K % g == 0)]))
     dtype = data.draw(st.sampled_from(DTYPES))
     x, weight, scale, bias = _inputs(M, N, K, dtype)
-    for _ in _each_isa():
+    for _ in each_isa():
         _check_linear(x, weight, scale, bias, group, ops.pack_panels(weight, 8))
 
 
@@ -283,7 +216,7 @@ def test_quantize_activation_of_special_rows(isa: str, dtype: torch.dtype) -> No
 @given(st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=1, max_size=70))
 def test_quantize_activation_of_any_floats(values: list[float]) -> None:
     x = torch.tensor(values)
-    for _ in _each_isa():
+    for _ in each_isa():
         for dtype in DTYPES:
             _check_quantize(x.to(dtype), 0)
             _check_quantize(x.to(dtype), 1)
@@ -307,24 +240,14 @@ for _ in range(2): torch.ops.llmq.int8_linear(x, w, torch.ones(3, 1))
 """
 
 
-def _run_script(**environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", _SCRIPT],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-    )
-
-
 def test_llmq_isa_forces_and_llmq_print_kernels_tells_once(isa: str) -> None:
-    result = _run_script(LLMQ_ISA=isa, LLMQ_PRINT_KERNELS="1")
+    result = run_python(_SCRIPT, LLMQ_ISA=isa, LLMQ_PRINT_KERNELS="1")
     assert result.stdout.splitlines() == [f"llmq: int8_linear M=2 N=3 K=8 -> {isa}"], result.stderr
 
 
 def test_an_isa_that_does_not_run_is_named() -> None:
     with pytest.raises(ValueError, match="instruction set 'sse9' does not run here; portable"):
         ops.set_cpu_isa("sse9")
-    result = _run_script(LLMQ_ISA="sse9")
+    result = run_python(_SCRIPT, check=False, LLMQ_ISA="sse9")
     assert result.returncode != 0
     assert "instruction set 'sse9' does not run here" in result.stderr

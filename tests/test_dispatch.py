@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from llmq import dispatch, extension
 from llmq.nn import QuantLinear
 from llmq.scheme import Scheme, resolve_scheme
+from tests.helpers import run_python
 
 
 @pytest.mark.parametrize("op", sorted(dispatch.NATIVE_CPU_OPS))
@@ -61,13 +59,7 @@ def test_choices_are_printed_once_a_shape() -> None:
         "for _ in range(3): layer(torch.randn(2, 32))\n"
         "layer(torch.randn(5, 32))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"LLMQ_PRINT_KERNELS": "1", "PATH": ""},
-    )
+    done = run_python(script, LLMQ_PRINT_KERNELS="1")
     lines = [line for line in (done.stdout + done.stderr).splitlines() if "llmq:" in line]
     ran = dispatch.cpu_isa() or "reference"
     assert [line.split(" -> ")[0] for line in lines] == [

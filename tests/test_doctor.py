@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,27 +14,13 @@ import torch
 import llmq
 from llmq import extension
 from llmq.doctor import Part
+from tests.helpers import PACKAGE, run_python
 
-PACKAGE = Path(llmq.__file__).parent
 OPS = ("quantize_activation", "int8_linear", "bitmap_sparse_linear", "block_sparse_linear")
 
 
 def parts() -> dict[str, Part]:
     return {part.name: part for part in llmq.doctor().parts}
-
-
-def run(code: str, folder: Path = PACKAGE.parent, **environment: str) -> str:
-    """Run Python code in a fresh process that imports llmq from `folder`; return its output."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin", **environment},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture
@@ -78,7 +63,7 @@ def test_table_and_json_say_the_same() -> None:
 
 def test_without_compiled_kernels(source: Path) -> None:
     code = "import llmq; print(llmq.doctor().to_json())"
-    found = {part["name"]: part for part in json.loads(run(code, source))}
+    found = {part["name"]: part for part in json.loads(run_python(code, source).stdout)}
     assert found["llmq"]["path"] == str(source / "llmq")
     kernels = found["C++ kernels"]
     assert not kernels["ok"] and "no compiled library" in kernels["found"]
@@ -95,12 +80,12 @@ def test_names_a_compiled_copy_that_is_hidden(source: Path, tmp_path: Path) -> N
     code = (
         f"import sys; sys.path.append({str(installed.parent)!r}); import llmq; print(llmq.doctor())"
     )
-    assert f"{installed / '_C.abi3.so'} is compiled, but" in run(code, source)
+    assert f"{installed / '_C.abi3.so'} is compiled, but" in run_python(code, source).stdout
 
 
 def test_a_library_that_does_not_load(source: Path) -> None:
     (source / "llmq" / "_C.abi3.so").write_bytes(b"not a library")
-    output = run("import llmq; print(llmq.doctor())", source)
+    output = run_python("import llmq; print(llmq.doctor())", source).stdout
     assert "_C.abi3.so does not load" in output
 
 
@@ -118,7 +103,7 @@ def test_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_instruction_set_that_is_none() -> None:
     code = "import llmq; print(llmq.doctor().to_json())"
-    found = {part["name"]: part for part in json.loads(run(code, LLMQ_ISA="avx9"))}
+    found = {part["name"]: part for part in json.loads(run_python(code, LLMQ_ISA="avx9").stdout)}
     part = found["instruction set"]
     assert not part["ok"] and "avx9" in part["found"]
     assert "unset LLMQ_ISA" in part["remedy"] and "portable" in part["remedy"]
@@ -140,6 +125,6 @@ def test_imports_nothing_that_it_asks_about() -> None:
         "import sys, llmq; before = set(sys.modules); llmq.doctor();"
         "print(sorted(m for m in set(sys.modules) - before if '.' not in m))"
     )
-    loaded = run(code)
+    loaded = run_python(code).stdout
     for package in ("transformers", "triton", "matplotlib", "gguf", "accelerate"):
         assert f"'{package}'" not in loaded

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.helpers import PACKAGE, run_python
+
 ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "llmq"
 MODULES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
     for file in sorted(PACKAGE.rglob("*.py"))
@@ -78,20 +77,6 @@ def _is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
-def run(code: str, folder: Path = ROOT) -> str:
-    """Run code in a fresh process that finds llmq in `folder`; return what it prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(folder)},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "llmq"])
 def test_nothing_imports_from_above(module: str) -> None:
     own = rank(module) if module.count(".") or module != "llmq" else len(ORDER)
@@ -144,7 +129,7 @@ print(json.dumps({
     "processes": sum(e in ("subprocess.Popen", "os.system", "os.exec", "os.fork") for e in events),
 }))
 """
-    found = json.loads(run(code))
+    found = json.loads(run_python(code).stdout)
     record_property("import_llmq_seconds", found["seconds"])  # type: ignore[operator]
     print(f"import llmq: {found['seconds']:.3f} s beyond import torch")
     assert found["processes"] == 0  # nothing is compiled
@@ -187,4 +172,4 @@ assert not found["transformers"].ok and "pip install" in found["transformers"].r
 assert not found["C++ kernels"].ok
 print("done")
 """
-    assert run(code, tmp_path).endswith("done\n")
+    assert run_python(code, tmp_path).stdout.endswith("done\n")

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llmq.formats import bitmap
-from tests.helpers import SHAPES, assert_equal, random_mask, seeds, sizes, wide_weight
+from tests.helpers import (
+    SHAPES,
+    Errors,
+    assert_equal,
+    assert_raises,
+    random_mask,
+    seeds,
+    sizes,
+    wide_weight,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
@@ -64,7 +71,7 @@ def _offsets(*values: int) -> torch.Tensor:
     return torch.tensor(values)
 
 
-ERRORS: dict[str, tuple[Callable[[], object], type, str]] = {
+ERRORS: Errors = {
     "1-D": (lambda: bitmap.encode(V[0]), ValueError, "values must be [N, K], got shape [10]"),
     "int32": (lambda: bitmap.encode(V.int()), TypeError, "got torch.int32"),
     "inf": (lambda: bitmap.encode(V / 0), ValueError, "values has 30 NaN or infinite"),
@@ -124,7 +131,4 @@ ERRORS: dict[str, tuple[Callable[[], object], type, str]] = {
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors_name_what_was_given(case: str) -> None:
-    call, error, message = ERRORS[case]
-    with pytest.raises(error) as caught:
-        call()
-    assert message in str(caught.value)
+    assert_raises(*ERRORS[case])

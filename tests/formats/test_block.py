@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmq.formats import block
-from tests.helpers import assert_equal, random_mask, seeds, wide_weight
+from tests.helpers import Errors, assert_equal, assert_raises, random_mask, seeds, wide_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
@@ -85,7 +83,7 @@ def _decode(index: list[int], offsets: list[int], weight: Tensor = E.weight) -> 
     return block.decode(weight, *as_int32, 6, 4)
 
 
-ERRORS: dict[str, tuple[Callable[[], object], type, str]] = {
+ERRORS: Errors = {
     "does not divide": (
         lambda: block.encode(V, (3, 3)),
         ValueError,
@@ -132,7 +130,4 @@ ERRORS: dict[str, tuple[Callable[[], object], type, str]] = {
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors_name_what_was_given(case: str) -> None:
-    call, error, message = ERRORS[case]
-    with pytest.raises(error) as caught:
-        call()
-    assert message in str(caught.value)
+    assert_raises(*ERRORS[case])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmq.formats import codebook, uniform
-from tests.helpers import SHAPES, assert_equal, assert_within, generator, seeds, wide_weight
+from tests.helpers import (
+    SHAPES,
+    Errors,
+    assert_equal,
+    assert_raises,
+    assert_within,
+    generator,
+    seeds,
+    wide_weight,
+)
 
 GRANULARITIES = [("tensor", None), ("channel", None), ("group", 16)]
 
@@ -147,7 +154,7 @@ def test_codes_are_unsigned_bytes() -> None:
 W = torch.randn(4, 6, generator=generator(0))
 CODES = codebook.encode(W, bits=8, granularity="channel")
 TABLE = CODES.weight_codebook
-ERRORS: dict[str, tuple[Callable[[], object], type, str]] = {
+ERRORS: Errors = {
     "nan": (
         lambda: codebook.encode(W / 0 * 0, bits=8, granularity="channel"),
         ValueError,
@@ -191,7 +198,4 @@ ERRORS: dict[str, tuple[Callable[[], object], type, str]] = {
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors_name_what_was_given(case: str) -> None:
-    call, error, message = ERRORS[case]
-    with pytest.raises(error) as caught:
-        call()
-    assert message in str(caught.value)
+    assert_raises(*ERRORS[case])

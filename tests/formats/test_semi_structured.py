@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmq.formats import semi_structured
-from tests.helpers import assert_equal, generator, seeds, sizes, wide_weight
+from tests.helpers import Errors, assert_equal, assert_raises, generator, seeds, sizes, wide_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
@@ -56,7 +54,7 @@ def test_layout() -> None:
 V = torch.arange(1.0, 17).reshape(2, 8)
 MASK = torch.tensor([True, False, True, False]).repeat(2, 2)
 E = semi_structured.encode(V, MASK)
-ERRORS: dict[str, tuple[Callable[[], object], type, str]] = {
+ERRORS: Errors = {
     "K": (lambda: semi_structured.encode(V[:, :6]), ValueError, "multiple of 4 inputs, got [2, 6]"),
     "values not 2:4": (
         lambda: semi_structured.encode(torch.where(torch.arange(8) < 4, V * MASK, V)),
@@ -108,7 +106,4 @@ ERRORS: dict[str, tuple[Callable[[], object], type, str]] = {
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors_name_what_was_given(case: str) -> None:
-    call, error, message = ERRORS[case]
-    with pytest.raises(error) as caught:
-        call()
-    assert message in str(caught.value)
+    assert_raises(*ERRORS[case])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmq.formats import uniform
-from tests.helpers import SHAPES, assert_equal, assert_within, generator, seeds, sizes, wide_weight
+from tests.helpers import (
+    SHAPES,
+    Errors,
+    assert_equal,
+    assert_raises,
+    assert_within,
+    generator,
+    seeds,
+    sizes,
+    wide_weight,
+)
 
 # bits, symmetric → codes that a scale covers on each side of zero
 STEPS = {(8, True): 127, (8, False): 255, (4, True): 7, (4, False): 15}
@@ -153,7 +161,7 @@ def test_coding_what_was_decoded_changes_no_code(N: int, K: int, seed: int) -> N
 W = torch.ones(4, 6)
 NAN = torch.tensor([[1.0, float("nan")], [float("inf"), 0.0]])
 CODES = uniform.encode(W, bits=8, granularity="channel")
-ERRORS: dict[str, tuple[Callable[[], object], type, str]] = {
+ERRORS: Errors = {
     "nan": (lambda: uniform.encode(NAN, bits=8, granularity="channel"), ValueError, "2 NaN or inf"),
     "too large": (
         lambda: uniform.encode(
@@ -162,11 +170,11 @@ ERRORS: dict[str, tuple[Callable[[], object], type, str]] = {
         ValueError,
         "1 NaN or infinite values of 1",
     ),
-    "1-D": (lambda: uniform.encode(W[0], bits=8, granularity="channel"), ValueError, r"\[N, K\]"),
+    "1-D": (lambda: uniform.encode(W[0], bits=8, granularity="channel"), ValueError, "[N, K]"),
     "integers": (
         lambda: uniform.encode(W.int(), bits=8, granularity="channel"),
         TypeError,
-        "floating point.*int32",
+        "float16), got torch.int32",
     ),
     "list": (lambda: uniform.encode([1.0], bits=8, granularity="channel"), TypeError, "got list"),
     "bits": (lambda: uniform.encode(W, bits=3, granularity="channel"), ValueError, "8 or 4, got 3"),
@@ -188,18 +196,18 @@ ERRORS: dict[str, tuple[Callable[[], object], type, str]] = {
     ),
     "quantize scale": (lambda: uniform.quantize(W, 0.0), ValueError, "scale must be positive"),
     "quantize nan scale": (lambda: uniform.quantize(W, W * torch.nan), ValueError, "positive and"),
-    "quantize zero point": (lambda: uniform.quantize(W, 1.0, 16, 4), ValueError, r"0\.\.15, got"),
+    "quantize zero point": (lambda: uniform.quantize(W, 1.0, 16, 4), ValueError, "0..15, got"),
     "quantize half": (lambda: uniform.quantize(W, 1.0, 0.5), ValueError, "must be an integer"),
     "quantize nan": (lambda: uniform.quantize(NAN, 1.0), ValueError, "x has 2 NaN"),
     "quantize integers": (lambda: uniform.quantize(W.int(), 1.0), TypeError, "x must be floating"),
     "pack floats": (lambda: uniform.pack_int4(W), TypeError, "must be integers, got torch.float32"),
-    "pack range": (lambda: uniform.pack_int4(W.int() * 16), ValueError, r"0\.\.15, got 16\.\.16"),
+    "pack range": (lambda: uniform.pack_int4(W.int() * 16), ValueError, "0..15, got 16..16"),
     "unpack": (lambda: uniform.unpack_int4(CODES.weight, 9), ValueError, "need 5 bytes, got 6"),
     "unpack dtype": (lambda: uniform.unpack_int4(W, 12), TypeError, "int8, got torch.float32"),
     "decode truncated": (
         lambda: uniform.decode(CODES.weight[:, :5], CODES.weight_scale, None, bits=8, K=6),
         ValueError,
-        r"stored as \[4, 6\], got \[4, 5\]",
+        "stored as [4, 6], got [4, 5]",
     ),
     "decode dtype": (
         lambda: uniform.decode(W, CODES.weight_scale, None, bits=8, K=6),
@@ -216,13 +224,11 @@ ERRORS: dict[str, tuple[Callable[[], object], type, str]] = {
             CODES.weight, CODES.weight_scale, torch.zeros(4, 2, dtype=torch.int8), bits=8, K=6
         ),
         ValueError,
-        r"\[4, 1\] as weight_scale, got \[4, 2\]",
+        "[4, 1] as weight_scale, got [4, 2]",
     ),
 }
 
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors_name_what_was_given(case: str) -> None:
-    call, error, message = ERRORS[case]
-    with pytest.raises(error, match=message):
-        call()
+    assert_raises(*ERRORS[case])
