@@ -73,19 +73,8 @@ struct Codebooks {
   uint8_t* bytes;
 };
 
-struct Weight {
-  const uint8_t* panels;
-  const float* scale;  // [N, groups], or in panels
-  bool in_panels;
-  int64_t bits, N, K, groups;
-
-  int64_t group() const { return std::max<int64_t>(K / groups, 1); }
-  int64_t block() const { return 32 / bits; }
-  const uint8_t* panel(int64_t p) const { return panels + p * ceil_div(K, block()) * kBlockBytes; }
-};
-
 // The scales of a panel turned into Slot::panel of this thread.
-const float* prepare(const Weight& w, int64_t panel) {
+const float* prepare(const GroupedWeight& w, int64_t panel) {
   const int64_t first = panel * kPanel;
   if (w.in_panels) return w.scale + first * w.groups;
   float* const scale = scratch<float>(Slot::panel, w.groups * kPanel);
@@ -100,7 +89,8 @@ const float* prepare(const Weight& w, int64_t panel) {
 }
 
 // One token times an 8-bit codebook, both as digits. Returns false where they cannot hold either.
-bool run_digits(const Weight& w, const Codebooks& codebooks, const Rows& x, const Result& result) {
+bool run_digits(const GroupedWeight& w, const Codebooks& codebooks, const Rows& x,
+                const Result& result) {
   const int64_t segment = segment_of(w.K, w.group(), w.K, kSplitSegment);
   if (w.groups > 1 && segment % w.block() != 0) return false;
   const Codebooks::Digits entries = codebooks.digits();
@@ -127,13 +117,13 @@ bool run_digits(const Weight& w, const Codebooks& codebooks, const Rows& x, cons
   return true;
 }
 
-void run_float(const Weight& w, const Codebooks& codebooks, const Rows& x, int64_t m,
+void run_float(const GroupedWeight& w, const Codebooks& codebooks, const Rows& x, int64_t m,
                const Result& result) {
   const bool blocks = codebooks.shared && (w.groups == 1 || w.group() % w.block() == 0);
   CodebookPanelFn* const gemv = blocks ? codebook_gemv() : codebook_gemv_portable;
   CodebookPanelFn* const dequantize = blocks ? codebook_dequantize() : codebook_dequantize_portable;
   if (blocks && w.bits == 8) codebooks.planes();
-  const auto ready = [&](int64_t panel) {
+  const auto call = [&](int64_t panel) {
     return CodebookPanel{.weight = w.panel(panel),
                          .bits = static_cast<int>(w.bits),
                          .codebook = codebooks.of(panel),
@@ -148,19 +138,7 @@ void run_float(const Weight& w, const Codebooks& codebooks, const Rows& x, int64
                          .x = nullptr,
                          .y = nullptr};
   };
-  float_panels(
-      x, m, result, true, panel_gemm(), ready,
-      [&](CodebookPanel p, const float* inputs, float* y) {
-        p.x = inputs;
-        p.y = y;
-        gemv(p);
-      },
-      [&](CodebookPanel p, int64_t k, int64_t count, float* dense) {
-        p.k = k;
-        p.count = count;
-        p.dense = dense;
-        dequantize(p);
-      });
+  float_panels(x, m, result, call, gemv, dequantize);
 }
 
 }  // namespace
@@ -168,9 +146,8 @@ void run_float(const Weight& w, const Codebooks& codebooks, const Rows& x, int64
 Tensor codebook_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_codebook,
                        const Tensor& weight_scale, const OptionalTensor& bias, int64_t bits) {
   const Rows rows = rows_of(kOp, x);
-  const Scales scales(kOp, weight_scale, rows.K);
-  const int64_t M = rows.M, N = scales.N, K = rows.K;
-  const uint8_t* const weights = panels(kOp, weight, bits, N, K);
+  const GroupedWeight w(kOp, weight, weight_scale, bits, rows.K);
+  const int64_t M = rows.M, N = w.N, K = rows.K;
   const float* const table = float_data(kOp, "weight_codebook", weight_codebook);
   LLMQ_CHECK(weight_codebook.dim() == 2 &&
                  (weight_codebook.size(0) == 1 || weight_codebook.size(0) == N) &&
@@ -182,7 +159,6 @@ Tensor codebook_linear(const Tensor& x, const Tensor& weight, const Tensor& weig
   announce(kOp, M, N, K);
 
   const Codebooks codebooks(table, weight_codebook.size(0), bits);
-  const Weight w{weights, scales.data, scales.in_panels(), bits, N, K, scales.groups};
   const bool digits = M == 1 && bits == 8 && codebooks.shared && codebook_int8_gemv() != nullptr;
   for (int64_t m = 0; m < M; m += kPassRows) {
     const Result result(y, rows, m, std::min(kPassRows, M - m), N, biases);

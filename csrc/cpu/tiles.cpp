@@ -7,14 +7,18 @@
 
 namespace llmq {
 
-Scales::Scales(const char* op, const Tensor& weight_scale, int64_t K)
-    : data(float_data(op, "weight_scale", weight_scale)), panels(weight_scale.dim() == 3) {
+GroupedWeight::GroupedWeight(const char* op, const Tensor& weight, const Tensor& weight_scale,
+                             int64_t bits, int64_t K)
+    : scale(float_data(op, "weight_scale", weight_scale)), bits(bits), K(K) {
+  const bool panels = weight_scale.dim() == 3;
   LLMQ_CHECK(weight_scale.dim() == 2 || (panels && weight_scale.size(2) == kPanel), op,
              "weight_scale must be [N, groups] or panels [N / 16, groups, 16]");
   N = weight_scale.size(0) * (panels ? kPanel : 1);
   groups = weight_scale.size(1);
   LLMQ_CHECK(groups > 0 && K % groups == 0, op, "weight_scale has ", groups,
              " groups, which do not divide K=", K);
+  in_panels = panels || (groups == 1 && N % kPanel == 0);
+  codes = llmq::panels(op, weight, bits, N, K);
 }
 
 Result::Result(const Tensor& out, const Rows& x, int64_t m, int64_t rows, int64_t N,

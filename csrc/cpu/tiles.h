@@ -1,10 +1,11 @@
-// What weight_only_linear and codebook_linear share: rows cut into tiles whose inputs lie side by
-// side, the float path, results on their way out.
+// What weight_only_linear and codebook_linear share: weights with scales of groups, rows cut into
+// tiles whose inputs lie side by side, the float path, results on their way out.
 #pragma once
 
 #include <algorithm>
 #include <optional>
 
+#include "dispatch.h"
 #include "driver.h"
 
 namespace llmq {
@@ -18,15 +19,19 @@ struct Tiles {
   int64_t rows, count;
 };
 
-// Scales of groups of inputs: canonical [N, groups], or panels [ceil(N/16), groups, 16] of whole
-// panels, which spare each call their transposition.
-struct Scales {
-  Scales(const char* op, const Tensor& weight_scale, int64_t K);
-  bool in_panels() const { return panels || (groups == 1 && N % kPanel == 0); }
+// Panels of codes, and scales of groups of inputs: canonical [N, groups], or panels [ceil(N/16),
+// groups, 16] of whole panels, which spare each call their transposition.
+struct GroupedWeight {
+  GroupedWeight(const char* op, const Tensor& weight, const Tensor& weight_scale, int64_t bits,
+                int64_t K);
+  int64_t group() const { return std::max<int64_t>(K / groups, 1); }
+  int64_t block() const { return 32 / bits; }  // inputs of a block of a panel
+  const uint8_t* panel(int64_t p) const { return codes + p * ceil_div(K, block()) * kBlockBytes; }
 
-  const float* data;
-  int64_t N, groups;
-  bool panels;
+  const uint8_t* codes;
+  const float* scale;
+  bool in_panels;  // whether scales stand as panels do
+  int64_t bits, N, K, groups;
 };
 
 // y [rows, N] of one pass in float32: the output itself, or scratch that `store` converts into it.
@@ -83,31 +88,36 @@ int64_t segment_of(int64_t K, int64_t weight_group, int64_t x_group, int64_t lim
 const float* float_tiles(const Rows& x, int64_t m, const Tiles& tiles);
 
 // The float path. prepare(panel) makes the panel's scales ready in Slot::panel of its thread and
-// returns what gemv(state, x, y) and dequantize(state, k, count, dense) take; gemv may be absent.
+// returns the call that dequantize, and for one row gemv, take; gemv may be null.
 inline constexpr int64_t kChunk = 256;  // inputs dequantized at a time: 16 KiB, half of a small L1
 
-template <class Prepare, class Gemv, class Dequantize>
-void float_panels(const Rows& x, int64_t m, const Result& result, bool has_gemv, PanelGemmFn* gemm,
-                  const Prepare& prepare, const Gemv& gemv, const Dequantize& dequantize) {
+template <class Prepare, class Call>
+void float_panels(const Rows& x, int64_t m, const Result& result, const Prepare& prepare,
+                  void (*gemv)(const Call&), void (*dequantize)(const Call&)) {
+  PanelGemmFn* const gemm = panel_gemm();
   const Tiles tiles(result.rows, kTile);
   const float* const inputs = float_tiles(x, m, tiles);
   const int64_t K = x.K, stride = round_up(K, 8);
   for_panels(result.N, result.rows * K * kPanel, kGrain, [&](int64_t panel) {
-    const auto state = prepare(panel);
-    if (result.rows == 1 && has_gemv) {
+    Call call = prepare(panel);
+    if (result.rows == 1 && gemv != nullptr) {
       alignas(64) float y[kPanel];
-      gemv(state, inputs, y);
+      call.x = inputs;
+      call.y = y;
+      gemv(call);
       return result.put(y, 1, 0, 1, panel);
     }
     alignas(64) float dense[kChunk * kPanel];
     alignas(64) float y[kPassRows * kPanel];
     std::fill(y, y + result.rows * kPanel, 0.0f);
     for (int64_t k = 0; k < K; k += kChunk) {
-      const int64_t count = std::min(kChunk, K - k);
-      dequantize(state, k, count, dense);
+      call.k = k;
+      call.count = std::min(kChunk, K - k);
+      call.dense = dense;
+      dequantize(call);
       for (int64_t t = 0; t < tiles.count; ++t) {
         const int64_t row = tiles.begin(t), size = tiles.size(t);
-        gemm({dense, inputs + row * stride + k * size, count, size, y + row * kPanel});
+        gemm({dense, inputs + row * stride + k * size, call.count, size, y + row * kPanel});
       }
     }
     result.put(y, 1, 0, result.rows, panel);

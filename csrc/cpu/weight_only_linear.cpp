@@ -15,16 +15,8 @@ constexpr const char* kOp = "weight_only_linear";
 // 255 · 127 · 2^14 < 2^29: the int32 dot of a segment of that many inputs cannot overflow.
 constexpr int64_t kLongestSegment = 1 << 14;
 
-struct Weight {
-  const uint8_t* panels;
-  const float* scale;        // [N, groups], or in panels
-  const int8_t* zero_point;  // likewise, or null
-  bool in_panels;
-  int64_t bits, N, K, groups;
-
-  int64_t group() const { return K / groups; }
-  int64_t block() const { return 32 / bits; }  // inputs of a block of a panel
-  int64_t panel_bytes() const { return ceil_div(K, block()) * kBlockBytes; }
+struct Weight : GroupedWeight {
+  const int8_t* zero_point;  // in panels where the scales are, or null
 };
 
 // A panel with its scales and zero points turned into Slot::panel of this thread.
@@ -46,7 +38,7 @@ Panel prepare(const Weight& w, int64_t panel) {
                   .bits = static_cast<int>(w.bits),
                   .scale_panel = scale,
                   .zero_panel = zero});
-  return {w.panels + panel * w.panel_bytes(), w.in_panels ? source : scale, zero};
+  return {w.panel(panel), w.in_panels ? source : scale, zero};
 }
 
 void run_codes(const Weight& w, const Codes& c, int64_t segment, const Result& result) {
@@ -96,7 +88,8 @@ void run_float(const Weight& w, const Rows& x, int64_t m, const Result& result) 
   WeightOnlyPanelFn* const gemv = blocks ? weight_only_gemv() : weight_only_gemv_portable;
   WeightOnlyPanelFn* const dequantize =
       blocks ? weight_only_dequantize() : weight_only_dequantize_portable;
-  const auto call = [&](const Panel& p) {
+  const auto call = [&](int64_t panel) {
+    const Panel p = prepare(w, panel);
     return WeightOnlyPanel{.weight = p.weight,
                            .bits = static_cast<int>(w.bits),
                            .scale = p.scale,
@@ -109,20 +102,7 @@ void run_float(const Weight& w, const Rows& x, int64_t m, const Result& result) 
                            .x = nullptr,
                            .y = nullptr};
   };
-  float_panels(
-      x, m, result, gemv != nullptr, panel_gemm(),
-      [&](int64_t panel) { return call(prepare(w, panel)); },
-      [&](WeightOnlyPanel p, const float* inputs, float* y) {
-        p.x = inputs;
-        p.y = y;
-        gemv(p);
-      },
-      [&](WeightOnlyPanel p, int64_t k, int64_t count, float* dense) {
-        p.k = k;
-        p.count = count;
-        p.dense = dense;
-        dequantize(p);
-      });
+  float_panels(x, m, result, call, gemv, dequantize);
 }
 
 }  // namespace
@@ -131,16 +111,8 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& weight, const Tensor& w
                           const OptionalTensor& weight_zero_point, const OptionalTensor& bias,
                           int64_t bits, std::optional<int64_t> activation_group_size) {
   const Rows rows = rows_of(kOp, x);
-  const Scales scales(kOp, weight_scale, rows.K);
-  const int64_t M = rows.M, N = scales.N, K = rows.K;
-  Weight w{panels(kOp, weight, bits, N, K),
-           scales.data,
-           nullptr,
-           scales.in_panels(),
-           bits,
-           N,
-           K,
-           scales.groups};
+  Weight w{{kOp, weight, weight_scale, bits, rows.K}, nullptr};
+  const int64_t M = rows.M, N = w.N, K = rows.K;
   if (weight_zero_point.has_value()) {
     const Tensor& zero = *weight_zero_point;
     bool same = zero.dim() == weight_scale.dim();
