@@ -350,8 +350,7 @@ def main() -> None:
             record["records"] = updated(json.loads(args.update.read_text())["records"], records)
     print(table(record))
     if not args.show:
-        suffix = "_avx2" if args.avx2 else ""
-        print(results.write(f"peers_{args.threads}_threads{suffix}", record))
+        print(results.write(f"peers_{args.threads}_threads", record))
     if args.against:
         old = json.loads(args.against.read_text())["records"]
         print(*(moved(record["records"], old) or ["nothing moved beyond noise"]), sep="\n")
