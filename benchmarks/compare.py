@@ -134,7 +134,7 @@ def measure(
                 samples, errors = _sample(list(kernels), M, seconds, rounds)
                 complaints += [f"{w.name}, {N}×{K}, M={M}: {text}" for w, text in errors.items()]
                 for worker, times in samples.items():
-                    low, middle, high = statistics.quantiles(times, n=4)
+                    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
                     case = {"peer": worker.name, "kernel": kernels[worker], "N": N, "K": K, "M": M}
                     records.append(case | {"seconds": middle, "low": low, "high": high})
                 progress.update()
