@@ -44,16 +44,17 @@ bench: $(VENV)/built
 	$(PY) -m llmq.cli bench linear
 	$(PY) -m llmq.cli bench model
 
+CLANG_FORMATTED = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h' 'tests/*.cu')
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/native/*.cpp')
+	$(VENV)/bin/clang-format --dry-run --Werror $(CLANG_FORMATTED)
 
 format: $(VENV)/installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/native/*.cpp')
+	$(VENV)/bin/clang-format -i $(CLANG_FORMATTED)
 
 clean:
 	rm -rf $(VENV) build llmq/_C*.so *.egg-info

@@ -1,0 +1,228 @@
+// One thin wrapper an instruction, under the instruction's own name; kernels hold no inline PTX and
+// touch memory only through these. Built with LLMQ_CUDA_EMULATOR the same names run on the CPU, where
+// every access is checked (tests/cuda_emulator).
+//
+// Fragments of mma, of lane 4·g + t (g = 0 … 7, t = 0 … 3), elements low to high in a register:
+//   m16n8k16 f16   a0 row g,   columns 2t, 2t+1       a2 the same, columns + 8
+//                  a1 row g+8, columns 2t, 2t+1       a3 the same, columns + 8
+//                  b0 rows 2t, 2t+1 of column g       b1 the same, rows + 8
+//   m16n8k32 s8    the same with columns 4t … 4t+3, and + 16
+//   c, d           c0, c1 row g, columns 2t, 2t+1     c2, c3 row g+8
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace llmq {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+struct alignas(8) Words2 {
+  uint32_t word[2];
+};
+struct alignas(16) Words4 {
+  uint32_t word[4];
+};
+struct alignas(8) FloatWord {
+  float value;
+  uint32_t word;
+};
+
+struct Launch {
+  unsigned x, y, z;  // blocks
+  unsigned threads;  // a block, at most 1024
+  size_t shared_bytes;
+  void* stream;
+};
+
+}  // namespace llmq
+
+#ifdef LLMQ_CUDA_EMULATOR
+#include "emulated_ptx.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+
+#define LLMQ_PTX __device__ __forceinline__
+
+namespace llmq {
+
+// Runs kernel(arguments …) on the stream; throws if the launch is refused.
+template <class... Parameters>
+void launch(void (*kernel)(Parameters...), const Launch& l, Parameters... arguments) {
+  if (l.shared_bytes > 48 * 1024) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         static_cast<int>(l.shared_bytes));
+  }
+  const dim3 grid(l.x, l.y, l.z);
+  const auto stream = static_cast<cudaStream_t>(l.stream);
+  // clang-format off
+  kernel<<<grid, l.threads, l.shared_bytes, stream>>>(arguments...);
+  // clang-format on
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+}
+
+namespace ptx {
+
+// Memory
+
+LLMQ_PTX unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return bytes;
+}
+
+LLMQ_PTX uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+template <class T>
+LLMQ_PTX T ld_global(const T* p) {  // of what no block of the launch writes
+  return *p;
+}
+template <class T>
+LLMQ_PTX T ld_global_cg(const T* p) {  // past L1: of what another block has written
+  return __ldcg(p);
+}
+template <class T>
+LLMQ_PTX void st_global(T* p, T value) {
+  *p = value;
+}
+template <class T>
+LLMQ_PTX T ld_shared(const T* p) {
+  return *p;
+}
+template <class T>
+LLMQ_PTX void st_shared(T* p, T value) {
+  *p = value;
+}
+
+// Copies `bytes` (0 … 16) and fills up to 16 with zeros.
+LLMQ_PTX void cp_async_16(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(bytes)
+               : "memory");
+}
+// Likewise of what is read once: first to leave L2, so that inputs stay.
+LLMQ_PTX void cp_async_16_once(void* shared, const void* global, int bytes) {
+  asm volatile(
+      "{\n"
+      ".reg .b64 policy;\n"
+      "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, policy;\n"
+      "}" ::"r"(shared_address(shared)),
+      "l"(global), "r"(bytes)
+      : "memory");
+}
+LLMQ_PTX void cp_async_8(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(bytes)
+               : "memory");
+}
+LLMQ_PTX void cp_async_4_once(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(bytes)
+               : "memory");
+}
+LLMQ_PTX void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+LLMQ_PTX void cp_async_wait() {  // until at most kPending groups of this thread are under way
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8×8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
+LLMQ_PTX void ldmatrix_x4(uint32_t (&d)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// Threads
+
+LLMQ_PTX void barrier() { __syncthreads(); }
+LLMQ_PTX void sync_warp() { __syncwarp(); }
+LLMQ_PTX void fence() { __threadfence(); }
+LLMQ_PTX uint32_t shfl_up(uint32_t value, int delta) {
+  return __shfl_up_sync(~0u, value, static_cast<unsigned>(delta));
+}
+LLMQ_PTX uint32_t shfl_xor(uint32_t value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+// Returns the old value; after `limit` comes 0.
+LLMQ_PTX uint32_t atom_inc(uint32_t* p, uint32_t limit) { return atomicInc(p, limit); }
+
+// Tensor cores: d += a·b
+
+LLMQ_PTX void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Half) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+LLMQ_PTX void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], BFloat16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+LLMQ_PTX void mma(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int8_t) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Bits and numbers
+
+template <int kTable>
+LLMQ_PTX uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {  // any function of three bits
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(kTable));
+  return d;
+}
+inline constexpr int kAndOr = (0xf0 & 0xcc) | 0xaa;  // table of (a & b) | c
+
+LLMQ_PTX uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {  // bytes of {b, a}, by nibble
+  return __byte_perm(a, b, selector);
+}
+LLMQ_PTX uint32_t shf_r(uint32_t low, uint32_t high, uint32_t bits) {  // bits modulo 32
+  return __funnelshift_r(low, high, bits);
+}
+LLMQ_PTX uint32_t popc(uint32_t a) { return static_cast<uint32_t>(__popc(a)); }
+
+LLMQ_PTX uint32_t fma2(uint32_t a, uint32_t b, uint32_t c, Half) {
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+LLMQ_PTX uint32_t fma2(uint32_t a, uint32_t b, uint32_t c, BFloat16) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+LLMQ_PTX float cvt(Half a) {
+  float d;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(d) : "h"(a.bits));
+  return d;
+}
+LLMQ_PTX float cvt(BFloat16 a) { return __uint_as_float(static_cast<uint32_t>(a.bits) << 16); }
+LLMQ_PTX float cvt(float a) { return a; }
+LLMQ_PTX void cvt(float a, Half& d) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(d.bits) : "f"(a)); }
+LLMQ_PTX void cvt(float a, BFloat16& d) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(d.bits) : "f"(a)); }
+LLMQ_PTX void cvt(float a, float& d) { d = a; }
+LLMQ_PTX int cvt_rni(float a) { return __float2int_rn(a); }  // ties to even
+LLMQ_PTX uint32_t bits_of(float a) { return __float_as_uint(a); }
+LLMQ_PTX float float_of(uint32_t a) { return __uint_as_float(a); }
+// Rounded on their own: the compiler contracts * and + into an FMA.
+LLMQ_PTX float mul(float a, float b) { return __fmul_rn(a, b); }
+LLMQ_PTX float add(float a, float b) { return __fadd_rn(a, b); }
+LLMQ_PTX float div(float a, float b) { return __fdiv_rn(a, b); }
+
+}  // namespace ptx
+}  // namespace llmq
+#endif

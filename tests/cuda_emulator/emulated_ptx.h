@@ -1,0 +1,260 @@
+// The instructions of csrc/cuda/ptx.cuh on the emulated machine; matrix fragments as PTX documents.
+#pragma once
+
+#include <bit>
+#include <cmath>
+
+#include "cuda_emulator.h"
+
+#define LLMQ_PTX inline
+
+namespace llmq {
+
+template <class... Parameters>
+void launch(void (*kernel)(Parameters...), const Launch& l, Parameters... arguments) {
+  emulator::run_grid({l.x, l.y, l.z}, l.threads, l.shared_bytes, [&] { kernel(arguments...); });
+}
+
+namespace ptx {
+
+using emulator::block;
+using emulator::kWarp;
+using emulator::Site;
+
+// Memory
+
+inline unsigned char* shared_memory() { return reinterpret_cast<unsigned char*>(block().shared()); }
+
+template <class T>
+T ld_global(const T* p, Site site = Site::current()) {
+  block().check_global(p, sizeof(T), alignof(T), site);
+  return *p;
+}
+template <class T>
+T ld_global_cg(const T* p, Site site = Site::current()) {
+  return ld_global(p, site);
+}
+template <class T>
+void st_global(T* p, T value, Site site = Site::current()) {
+  block().check_global(p, sizeof(T), alignof(T), site);
+  *p = value;
+}
+template <class T>
+T ld_shared(const T* p, Site site = Site::current()) {
+  block().read_shared(p, sizeof(T), alignof(T), site);
+  return *p;
+}
+template <class T>
+void st_shared(T* p, T value, Site site = Site::current()) {
+  block().write_shared(p, sizeof(T), alignof(T), site);
+  *p = value;
+}
+inline void cp_async_16(void* shared, const void* global, int bytes, Site site = Site::current()) {
+  block().copy_async(shared, global, 16, static_cast<size_t>(bytes), site);
+}
+inline void cp_async_16_once(void* shared, const void* global, int bytes,
+                             Site site = Site::current()) {
+  block().copy_async(shared, global, 16, static_cast<size_t>(bytes), site);
+}
+inline void cp_async_8(void* shared, const void* global, int bytes, Site site = Site::current()) {
+  block().copy_async(shared, global, 8, static_cast<size_t>(bytes), site);
+}
+inline void cp_async_4_once(void* shared, const void* global, int bytes,
+                            Site site = Site::current()) {
+  block().copy_async(shared, global, 4, static_cast<size_t>(bytes), site);
+}
+inline void cp_async_commit() { block().commit(); }
+template <int kPending>
+void cp_async_wait() {
+  block().wait_groups(kPending);
+}
+
+inline void ldmatrix_x4(uint32_t (&d)[4], const void* row, Site site = Site::current()) {
+  struct Arguments {
+    uint32_t* d;
+    const char* row;
+  } mine{d, static_cast<const char*>(row)};
+  block().read_shared(row, 16, 16, site);
+  block().together("ldmatrix", site, mine, [](Arguments* const* lanes) {
+    for (int lane = 0; lane < kWarp; ++lane) {
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        std::memcpy(&lanes[lane]->d[matrix], lanes[matrix * 8 + lane / 4]->row + lane % 4 * 4, 4);
+      }
+    }
+  });
+}
+
+// Threads
+
+inline void barrier(Site site = Site::current()) { block().barrier(site); }
+inline void sync_warp(Site site = Site::current()) {
+  int none = 0;
+  block().together("sync_warp", site, none, [](int* const*) {});
+}
+inline void fence() {}
+
+template <class From>
+uint32_t shuffle(const char* name, uint32_t value, const From& from, Site site) {
+  struct Arguments {
+    uint32_t given, got;
+  } mine{value, 0};
+  block().together(name, site, mine, [&](Arguments* const* lanes) {
+    for (int lane = 0; lane < kWarp; ++lane) lanes[lane]->got = lanes[from(lane)]->given;
+  });
+  return mine.got;
+}
+inline uint32_t shfl_up(uint32_t value, int delta, Site site = Site::current()) {
+  const auto from = [&](int lane) { return lane < delta ? lane : lane - delta; };
+  return shuffle("shfl_up", value, from, site);
+}
+inline uint32_t shfl_xor(uint32_t value, int mask, Site site = Site::current()) {
+  return shuffle("shfl_xor", value, [&](int lane) { return lane ^ mask; }, site);
+}
+inline uint32_t atom_inc(uint32_t* p, uint32_t limit, Site site = Site::current()) {
+  const uint32_t old = ld_global(p, site);
+  *p = old >= limit ? 0 : old + 1;
+  return old;
+}
+
+// Numbers
+
+inline float cvt(float a) { return a; }
+inline float cvt(BFloat16 a) { return std::bit_cast<float>(static_cast<uint32_t>(a.bits) << 16); }
+inline float cvt(Half a) {
+  const int exponent = a.bits >> 10 & 31, mantissa = a.bits & 1023;
+  const float magnitude = exponent == 31  ? (mantissa ? NAN : INFINITY)
+                          : exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
+                                          : std::ldexp(1024.0f + mantissa, exponent - 25);
+  return a.bits & 0x8000 ? -magnitude : magnitude;
+}
+inline void cvt(float a, float& d) { d = a; }
+inline void cvt(float a, BFloat16& d) {
+  const uint32_t bits = std::bit_cast<uint32_t>(a);
+  d.bits = std::isnan(a) ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline void cvt(float a, Half& d) {
+  const uint16_t sign = std::signbit(a) ? 0x8000 : 0;
+  const float magnitude = std::fabs(a);
+  if (std::isnan(a)) {
+    d.bits = 0x7fff;
+  } else if (magnitude >= 65520) {
+    d.bits = sign | 0x7c00;
+  } else if (magnitude < 0x1p-14f) {
+    d.bits = sign | static_cast<uint16_t>(std::nearbyint(std::ldexp(magnitude, 24)));
+  } else {
+    const int exponent = std::ilogb(magnitude);
+    // A mantissa that rounds up to 2048 carries into the exponent, as it should.
+    const int mantissa = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
+    d.bits = static_cast<uint16_t>(sign | ((exponent + 14) * 1024 + mantissa));
+  }
+}
+inline int cvt_rni(float a) { return static_cast<int>(std::nearbyint(a)); }
+inline uint32_t bits_of(float a) { return std::bit_cast<uint32_t>(a); }
+inline float float_of(uint32_t a) { return std::bit_cast<float>(a); }
+inline float mul(float a, float b) { return a * b; }
+inline float add(float a, float b) { return a + b; }
+inline float div(float a, float b) { return a / b; }
+
+template <class T>
+float element(uint32_t word, int i, T) {
+  return cvt(T{static_cast<uint16_t>(word >> (16 * i))});
+}
+template <class T>
+uint32_t fma2(uint32_t a, uint32_t b, uint32_t c, T type) {
+  uint32_t d = 0;
+  for (int i = 0; i < 2; ++i) {
+    // A double holds the exact product and, for numbers as close as these, the exact sum.
+    const double exact = static_cast<double>(element(a, i, type)) * element(b, i, type) +
+                         static_cast<double>(element(c, i, type));
+    T rounded;
+    cvt(static_cast<float>(exact), rounded);
+    d |= static_cast<uint32_t>(rounded.bits) << (16 * i);
+  }
+  return d;
+}
+
+template <int kTable>
+uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d = 0;
+  for (int i = 0; i < 8; ++i) {
+    if (kTable >> i & 1) d |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+  }
+  return d;
+}
+inline constexpr int kAndOr = (0xf0 & 0xcc) | 0xaa;
+
+inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t d = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t which = selector >> (4 * i) & 15;
+    uint32_t byte = static_cast<uint32_t>(bytes >> (8 * (which & 7)) & 0xff);
+    if (which & 8) byte = byte & 0x80 ? 0xff : 0;
+    d |= byte << (8 * i);
+  }
+  return d;
+}
+inline uint32_t shf_r(uint32_t low, uint32_t high, uint32_t bits) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (bits & 31));
+}
+inline uint32_t popc(uint32_t a) { return static_cast<uint32_t>(std::popcount(a)); }
+
+// Tensor cores
+
+template <class Sum>
+struct MmaArguments {
+  Sum* d;
+  const uint32_t *a, *b;
+  uint32_t meta;
+};
+
+// d[row][column] += Σ_k a(lanes, row, k) · b(lanes, k, column) over K inputs.
+template <class Sum, class A, class B>
+void multiply(MmaArguments<Sum>* const* lanes, int K, const A& a, const B& b) {
+  ++emulator::machine().counters.mma;
+  for (int row = 0; row < 16; ++row) {
+    for (int column = 0; column < 8; ++column) {
+      Sum& d = lanes[row % 8 * 4 + column / 2]->d[row / 8 * 2 + column % 2];
+      Sum sum = 0;
+      for (int k = 0; k < K; ++k) sum += a(row, k) * b(k, column);
+      d += sum;
+    }
+  }
+}
+
+template <class T>
+void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T type,
+         Site site = Site::current()) {
+  MmaArguments<float> mine{d, a, b, 0};
+  block().together("mma", site, mine, [&](MmaArguments<float>* const* lanes) {
+    multiply(
+        lanes, 16,
+        [&](int row, int k) {
+          const uint32_t word = lanes[row % 8 * 4 + k % 8 / 2]->a[k / 8 * 2 + row / 8];
+          return element(word, k % 2, type);
+        },
+        [&](int k, int column) {
+          return element(lanes[column * 4 + k % 8 / 2]->b[k / 8], k % 2, type);
+        });
+  });
+}
+
+inline int32_t byte_of(uint32_t word, int i) { return static_cast<int8_t>(word >> (8 * i)); }
+
+inline void mma(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int8_t,
+                Site site = Site::current()) {
+  MmaArguments<int32_t> mine{d, a, b, 0};
+  block().together("mma", site, mine, [](MmaArguments<int32_t>* const* lanes) {
+    multiply(
+        lanes, 32,
+        [&](int row, int k) {
+          return byte_of(lanes[row % 8 * 4 + k % 16 / 4]->a[k / 16 * 2 + row / 8], k % 4);
+        },
+        [&](int k, int column) {
+          return byte_of(lanes[column * 4 + k % 16 / 4]->b[k / 16], k % 4);
+        });
+  });
+}
+
+}  // namespace ptx
+}  // namespace llmq

@@ -1,0 +1,113 @@
+"""The emulator of CUDA: it catches what it says, in small kernels and in ours with planted bugs."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmq.formats import tiles
+from tests.cuda_emulator import emulator
+from tests.helpers import generator
+
+PROBES = {
+    "fine": None,
+    "divergent": "lanes diverge: sync_warp here, lane 0 at sync_warp",
+    "lonely_barrier": "threads wait for others that never come",
+    "unwritten": "shared memory is read that was never written",
+    "warp_race": "no barrier between a write of thread",
+    "odd_address": "global address is odd",
+}
+
+
+@functools.cache
+def probes() -> ctypes.CDLL:
+    loaded = emulator.load(
+        [emulator.HERE / "probes.cu"], emulator.ROOT / "build/cuda_emulator_probes/probes.so"
+    )
+    loaded.run_probe.restype = loaded.run_strided.restype = ctypes.c_char_p
+    return loaded
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_what_is_luck_on_a_gpu_is_an_error(name: str) -> None:
+    memory = {"in": torch.arange(64, dtype=torch.int32), "out": torch.zeros(64, dtype=torch.int32)}
+    arguments = (
+        list(PROBES).index(name),
+        *(ctypes.c_void_p(t.data_ptr()) for t in memory.values()),
+    )
+    if PROBES[name] is None:
+        emulator.launch(probes(), "run_probe", *arguments, memory=memory)
+        assert torch.equal(memory["out"], memory["in"] & ~1)
+        return
+    with pytest.raises(RuntimeError, match=PROBES[name]):
+        emulator.launch(probes(), "run_probe", *arguments, memory=memory)
+
+
+@pytest.mark.parametrize(("stride", "sectors", "wavefronts"), [(1, 4, 1), (2, 8, 2), (32, 32, 32)])
+def test_conflicts_and_uncoalesced_loads_are_counted(
+    stride: int, sectors: int, wavefronts: int
+) -> None:
+    memory = {"in": torch.arange(32 * stride, dtype=torch.int32)}
+    # Sectors are 32 bytes from a multiple of 32: torch's memory begins at one of 64.
+    memory["out"] = torch.zeros(32, dtype=torch.int32)
+    pointers = (ctypes.c_void_p(t.data_ptr()) for t in memory.values())
+    counters = emulator.launch(probes(), "run_strided", stride, *pointers, memory=memory)
+    assert torch.equal(memory["out"], memory["in"][::stride])
+    assert counters.global_requests == 2
+    assert counters.global_sectors == sectors + 4
+    assert counters.shared_wavefronts == 2 * wavefronts
+    assert counters.shared_ideal_wavefronts == 2
+
+
+# What is replaced in the kernels' source, by what, and what the emulator says.
+BUGS = {
+    "none": ("", "", None),
+    "a barrier is dropped": (
+        "ptx::barrier();  // the stages have been read: their memory takes the sums",
+        "",
+        "no barrier between",
+    ),
+    "the tail is one too long": (
+        "if (m >= g.M ||",
+        "if (m > g.M ||",
+        "out of bounds: .* past x_scale",
+    ),
+    "one group too few is waited for": (
+        "cp_async_wait<kStages - 2>",
+        "cp_async_wait<kStages - 1>",
+        "shared memory is read before cp.async was waited for",
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_caught(bug: str, tmp_path: Path) -> None:
+    old, new, message = BUGS[bug]
+    folder = tmp_path / "csrc" / "cuda"
+    shutil.copytree(emulator.CUDA, folder)
+    changed = 0
+    for path in folder.iterdir():
+        text = path.read_text()
+        if old and old in text:
+            path.write_text(text.replace(old, new))
+            changed += 1
+    assert changed == (1 if old else 0), "the line that this test breaks is no longer there"
+    loaded = emulator.load([folder / "int8_linear.cu"], tmp_path / "kernels.so", "-O0")
+
+    M, N, K = 3, 16, 448
+    codes = torch.randint(-127, 128, (M, K), generator=generator(1), dtype=torch.int8)
+    weight = torch.randint(-127, 128, (N, K), generator=generator(2), dtype=torch.int8)
+    memory = {"weight": tiles.pack(weight, 8, K)}
+    memory |= {"scale": torch.ones(N, 1), "x_scale": torch.ones(M, 1)}
+    shape = {"N": N, "K": K, "dtype": torch.float32, "outputs": 32, "loaded": loaded}
+    if message is None:
+        y, _ = emulator.small_gemm("run_int8", codes, memory, **shape)
+        assert torch.equal(y, (codes.int() @ weight.int().T).float())
+        return
+    with pytest.raises(RuntimeError, match=message):
+        emulator.small_gemm("run_int8", codes, memory, **shape)
