@@ -26,6 +26,7 @@ BUILD = ROOT / "build" / os.environ.get("LLMQ_BUILD", "native")
 
 ISA_FLAGS = {
     "_avx2": "-mavx2 -mfma -mf16c",
+    "_avxvnni": "-mavxvnni -mavx2 -mfma -mf16c",
     "_avx512vnni": (
         "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512vbmi -mavx512vbmi2 "
         "-mavx2 -mfma -mf16c"
@@ -34,8 +35,8 @@ ISA_FLAGS = {
     "_i8mm": "-march=armv8.2-a+dotprod+i8mm",
 }
 ISAS = {  # of each machine; its portable kernels are there besides
-    "x86_64": ("_avx2", "_avx512vnni"),
-    "amd64": ("_avx2", "_avx512vnni"),
+    "x86_64": ("_avx2", "_avxvnni", "_avx512vnni"),
+    "amd64": ("_avx2", "_avxvnni", "_avx512vnni"),
     "aarch64": ("_neondot", "_i8mm"),
     "arm64": ("_neondot", "_i8mm"),
 }

@@ -71,7 +71,7 @@ def cpu_isa() -> str | None:
 
 def has_fast_int8(device: torch.device | str) -> bool:
     """Whether int8 dot products on `device` are faster than floating point, with our kernels."""
-    fast = ("avx512vnni", "avx2", "i8mm", "neondot")
+    fast = ("avx512vnni", "avxvnni", "avx2", "i8mm", "neondot")
     return torch.device(device).type == "cpu" and cpu_isa() in fast
 
 

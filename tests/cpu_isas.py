@@ -16,6 +16,7 @@ from llmq.formats import activation
 
 X86_FLAGS = {
     "avx2": {"avx2", "fma", "f16c"},
+    "avxvnni": {"avx2", "fma", "f16c", "avx_vnni"},
     "avx512vnni": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
     | {"avx512_vnni", "avx512vbmi", "avx512_vbmi2"},
 }

@@ -26,7 +26,7 @@ FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 SANITIZE = ["-O1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
 SANITIZE += ["-fsanitize=address,undefined"]
 ARM = ("_neondot", "_i8mm")
-X86 = ("_avx2", "_avx512vnni")
+X86 = ("_avx2", "_avxvnni", "_avx512vnni")
 
 
 def isa_flags() -> dict[str, str]:

@@ -5,10 +5,11 @@ namespace llmq {
 // The one table family × instruction set: a row a family, a column an Isa. To add a family: its
 // struct and functions in kernels.h, its accessor in dispatch.h, its row here.
 #if defined(__x86_64__)
-#define LLMQ_FAMILY(fn, family)                                                            \
-  fn* family() {                                                                           \
-    static constexpr fn* kRow[] = {family##_portable, family##_avx2, family##_avx512vnni}; \
-    return kRow[static_cast<int>(current_isa())];                                          \
+#define LLMQ_FAMILY(fn, family)                                                        \
+  fn* family() {                                                                       \
+    static constexpr fn* kRow[] = {family##_portable, family##_avx2, family##_avxvnni, \
+                                   family##_avx512vnni};                               \
+    return kRow[static_cast<int>(current_isa())];                                      \
   }
 #elif defined(__aarch64__)
 #define LLMQ_FAMILY(fn, family)                                                         \
@@ -25,9 +26,22 @@ namespace llmq {
 static constexpr SplitRowsFn* split_rows_portable = nullptr;
 static constexpr CodebookInt8GemvFn* codebook_int8_gemv_portable = nullptr;
 #if defined(__x86_64__)
-static constexpr CodebookInt8GemvFn* codebook_int8_gemv_avx2 = nullptr;
+static constexpr CodebookInt8GemvFn *codebook_int8_gemv_avx2 = nullptr,
+                                    *codebook_int8_gemv_avxvnni = nullptr;
 static constexpr WeightOnlyPanelFn *weight_only_gemv_avx2 = nullptr,
+                                   *weight_only_gemv_avxvnni = nullptr,
                                    *weight_only_gemv_avx512vnni = nullptr;
+static constexpr PanelScalesFn* panel_scales_avxvnni = panel_scales_avx2;
+static constexpr ConvertRowsFn *to_float_avxvnni = to_float_avx2,
+                               *from_float_avxvnni = from_float_avx2;
+static constexpr QuantizeRowsFn* quantize_rows_avxvnni = quantize_rows_avx2;
+static constexpr BitmapGemmFn* bitmap_gemm_avxvnni = bitmap_gemm_avx2;
+static constexpr BitmapExpandFn* bitmap_expand_avxvnni = bitmap_expand_avx2;
+static constexpr SplitRowsFn* split_rows_avxvnni = split_rows_avx2;
+static constexpr WeightOnlyPanelFn* weight_only_dequantize_avxvnni = weight_only_dequantize_avx2;
+static constexpr CodebookPanelFn *codebook_dequantize_avxvnni = codebook_dequantize_avx2,
+                                 *codebook_gemv_avxvnni = codebook_gemv_avx2;
+static constexpr PanelGemmFn* panel_gemm_avxvnni = panel_gemm_avx2;
 #elif defined(__aarch64__)
 static constexpr CodebookInt8GemvFn *codebook_int8_gemv_neondot = nullptr,
                                     *codebook_int8_gemv_i8mm = nullptr;
@@ -64,13 +78,14 @@ LLMQ_FAMILY(CodebookPanelFn, codebook_gemv)
 LLMQ_FAMILY(CodebookInt8GemvFn, codebook_int8_gemv)
 LLMQ_FAMILY(PanelGemmFn, panel_gemm)
 
-// AVX2 multiplies int8 at half the rate of floats once the weights' conversion is shared; on Arm
-// three sdot do 16 products where floats need four fmla.
+// AVX2 multiplies int8 at half the rate of floats once the weights' conversion is shared. With
+// AVX-VNNI, 4096×4096 took 0.4 times as long split as in floats for 4 tokens, 0.7 times (8 bits) and
+// as long (4 bits) for 256. On Arm three sdot do 16 products where floats need four fmla.
 int64_t split_tokens() {
 #if defined(__aarch64__)
   static constexpr int64_t kRow[] = {0, INT64_MAX, INT64_MAX};
 #else
-  static constexpr int64_t kRow[] = {0, 1, INT64_MAX};
+  static constexpr int64_t kRow[] = {0, 1, INT64_MAX, INT64_MAX};
 #endif
   return kRow[static_cast<int>(current_isa())];
 }

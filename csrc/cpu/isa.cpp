@@ -5,7 +5,9 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 
@@ -15,7 +17,16 @@ namespace {
 #if defined(__aarch64__)
 constexpr const char* kNames[kIsaCount] = {"portable", "neondot", "i8mm"};
 #else
-constexpr const char* kNames[kIsaCount] = {"portable", "avx2", "avx512vnni"};
+constexpr const char* kNames[kIsaCount] = {"portable", "avx2", "avxvnni", "avx512vnni"};
+#endif
+
+#if defined(__x86_64__)
+// GCC 11, which is still in use, has no name for it in __builtin_cpu_supports. It needs no state of
+// its own beside AVX2's.
+bool has_avxvnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & 1u << 4) != 0;
+}
 #endif
 
 Isa fastest() {
@@ -68,9 +79,10 @@ bool isa_runs(Isa isa) {
   if (isa == Isa::portable) return true;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (isa == Isa::avx2) {
+  if (isa == Isa::avx2 || isa == Isa::avxvnni) {
     // Every CPU with AVX2 has F16C too.
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           (isa == Isa::avx2 || has_avxvnni());
   }
   // VBMI2 expands bitmaps; it is why Cascade Lake, which has VNNI alone, runs avx2.
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

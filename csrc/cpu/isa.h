@@ -6,10 +6,11 @@ namespace llmq {
 // Ordered from slowest to fastest; also the columns of the table in dispatch.cpp.
 #if defined(__aarch64__)
 enum class Isa : int { portable = 0, neondot = 1, i8mm = 2 };
-#else
-enum class Isa : int { portable = 0, avx2 = 1, avx512vnni = 2 };
-#endif
 inline constexpr int kIsaCount = 3;
+#else
+enum class Isa : int { portable = 0, avx2 = 1, avxvnni = 2, avx512vnni = 3 };
+inline constexpr int kIsaCount = 4;
+#endif
 
 const char* isa_name(Isa isa);
 

@@ -77,8 +77,8 @@ struct Int8Gemm {
   int64_t groups;  // equal groups of K4 / groups blocks
 };
 using Int8GemmFn = void(const Int8Gemm&);
-Int8GemmFn int8_gemm_portable, int8_gemm_avx2, int8_gemm_avx512vnni, int8_gemm_neondot,
-    int8_gemm_i8mm;
+Int8GemmFn int8_gemm_portable, int8_gemm_avx2, int8_gemm_avxvnni, int8_gemm_avx512vnni,
+    int8_gemm_neondot, int8_gemm_i8mm;
 
 // bitmap_gemm: int8_gemm without the weights that were pruned
 // The 64 bytes of a panels8 block are kept as a mask, little endian (bit 4·lane + j), and the bytes
@@ -158,7 +158,7 @@ struct WeightOnlyInt8Gemm {
 };
 using WeightOnlyInt8GemmFn = void(const WeightOnlyInt8Gemm&);
 WeightOnlyInt8GemmFn weight_only_int8_gemm_portable, weight_only_int8_gemm_avx2,
-    weight_only_int8_gemm_avx512vnni, weight_only_int8_gemm_neondot;
+    weight_only_int8_gemm_avxvnni, weight_only_int8_gemm_avx512vnni, weight_only_int8_gemm_neondot;
 
 // Inputs k … k + count of a panel as floats, (w − zero) · scale; both on block borders unless they
 // end K or the kernel is portable. gemv multiplies them with one row: y = Σ_k w · x.

@@ -6,112 +6,50 @@
 // Float activations of one token come as three int8 digits (split_rows): 14 instructions for 32
 // bytes, 18 for 64 nibbles, where floats need a shift, mask, subtraction, conversion and FMA for 8.
 // More tokens share dequantized weights (panel_gemm, 6 rows × 16 outputs in 12 accumulators).
-#include <immintrin.h>
-
-#include "kernels.h"
+#include "weight_only_int8.h"
 
 namespace llmq {
 namespace {
-
-constexpr int64_t kHalf = 8;      // outputs a register; a block of a panel is two
-constexpr int64_t kAhead = 4096;  // bytes between the block in use and the one to fetch
-
-__m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-
-void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 
 __m256i broadcast4(const int8_t* x) {
   return _mm256_set1_epi32(*reinterpret_cast<const int32_t*>(x));
 }
 
 // Four products a lane, summed into int32: 8 outputs × 4 (bits 8) or 8 (bits 4) inputs.
-template <int kBits, int kRows>
-[[gnu::always_inline]] inline void multiply(__m256i (&dot)[kRows], const uint8_t* weight,
-                                            const int8_t* x, int64_t stride) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  const __m256i block = load(weight);
-  if constexpr (kBits == 8) {
-    const __m256i code = _mm256_xor_si256(block, _mm256_set1_epi8(-128));
-    const __m256i magnitude = _mm256_abs_epi8(code);
+struct Pairs {
+  // So that dots and results of 4 rows fit the 16 registers.
+  static constexpr int kHalves = 1, kRows = 4;
+  static constexpr bool kSigned = true;
+  template <int kBits, int R>
+  [[gnu::always_inline]] static void add(__m256i (&dot)[R], const uint8_t* weight, const int8_t* x,
+                                         int64_t stride) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    const __m256i block = load(weight);
+    if constexpr (kBits == 8) {
+      const __m256i code = _mm256_xor_si256(block, _mm256_set1_epi8(-128));
+      const __m256i magnitude = _mm256_abs_epi8(code);
 #pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-      const __m256i input = _mm256_sign_epi8(broadcast4(x + r * 4), code);
-      const __m256i pairs = _mm256_maddubs_epi16(magnitude, input);
-      dot[r] = _mm256_add_epi32(dot[r], _mm256_madd_epi16(pairs, ones));
-    }
-  } else {
-    const __m256i low_nibbles = _mm256_set1_epi8(15);
-    const __m256i low = _mm256_and_si256(block, low_nibbles);
-    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(block, 4), low_nibbles);
+      for (int r = 0; r < R; ++r) {
+        const __m256i input = _mm256_sign_epi8(broadcast4(x + r * 4), code);
+        const __m256i pairs = _mm256_maddubs_epi16(magnitude, input);
+        dot[r] = _mm256_add_epi32(dot[r], _mm256_madd_epi16(pairs, ones));
+      }
+    } else {
+      const __m256i low_nibbles = _mm256_set1_epi8(15);
+      const __m256i low = _mm256_and_si256(block, low_nibbles);
+      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(block, 4), low_nibbles);
 #pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-      const __m256i pairs =
-          _mm256_add_epi16(_mm256_maddubs_epi16(low, broadcast4(x + r * 4)),
-                           _mm256_maddubs_epi16(high, broadcast4(x + stride + r * 4)));
-      dot[r] = _mm256_add_epi32(dot[r], _mm256_madd_epi16(pairs, ones));
+      for (int r = 0; r < R; ++r) {
+        const __m256i pairs =
+            _mm256_add_epi16(_mm256_maddubs_epi16(low, broadcast4(x + r * 4)),
+                             _mm256_maddubs_epi16(high, broadcast4(x + stride + r * 4)));
+        dot[r] = _mm256_add_epi32(dot[r], _mm256_madd_epi16(pairs, ones));
+      }
     }
   }
-}
+};
 
-// Half a panel at a time, so that dots and results of 4 rows fit the 16 registers.
-template <int kBits, int kRows>
-void int8_gemm(const WeightOnlyInt8Gemm& g, int64_t row, int64_t half) {
-  constexpr int64_t kInputs = 32 / kBits;
-  const int64_t stride = g.rows * 4;  // bytes from 4 inputs of the tile to the next 4
-  const __m256i bias = _mm256_set1_epi32(kBits == 8 ? 128 : 0);  // codes are multiplied signed
-  const uint8_t* weight = g.weight + half * 4;
-  const int8_t* x = g.x + row * 4;
-  const int32_t* x_sum = g.x_sum + row;
-  const float* x_scale = g.x_scale + row;
-  const float* scale = g.scale + half;
-  const int32_t* zero = g.zero + half;
-  int64_t left_in_group = g.segments_per_group;
-  __m256 y[kRows];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) y[r] = _mm256_setzero_ps();
-
-  for (int64_t k = 0; k < g.K; k += g.segment) {
-    const int64_t inputs = g.K - k < g.segment ? g.K - k : g.segment;
-    const __m256i zeros = _mm256_sub_epi32(load(zero), bias);
-    __m256i dot[kRows];
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      dot[r] = _mm256_mullo_epi32(zeros, _mm256_set1_epi32(x_sum[r]));
-    }
-    for (int64_t i = 0; i < inputs; i += kInputs) {
-      _mm_prefetch(reinterpret_cast<const char*>(weight + kAhead), _MM_HINT_T1);
-      multiply<kBits, kRows>(dot, weight, x, stride);
-      weight += kBlockBytes;
-      x += kInputs / 4 * stride;
-    }
-    const __m256 scales = _mm256_loadu_ps(scale);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const __m256 both = _mm256_mul_ps(scales, _mm256_set1_ps(x_scale[r]));
-      y[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[r]), both, y[r]);
-    }
-    x_sum += g.rows;
-    x_scale += g.rows;
-    if (--left_in_group == 0) {
-      scale += kPanel;
-      zero += kPanel;
-      left_in_group = g.segments_per_group;
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) _mm256_storeu_ps(g.y + (row + r) * kPanel + half, y[r]);
-}
-
-template <int kBits>
-void int8_gemm_rows(const WeightOnlyInt8Gemm& g) {
-  for (int64_t half = 0; half < kPanel; half += kHalf) {
-    int64_t row = 0;
-    for (; row + 4 <= g.rows; row += 4) int8_gemm<kBits, 4>(g, row, half);
-    if (g.rows - row == 3) int8_gemm<kBits, 3>(g, row, half);
-    if (g.rows - row == 2) int8_gemm<kBits, 2>(g, row, half);
-    if (g.rows - row == 1) int8_gemm<kBits, 1>(g, row, half);
-  }
-}
+void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 
 // Input j of the 8 outputs of half a block.
 template <int kBits>
@@ -226,9 +164,7 @@ void transpose(__m256i (&rows)[8]) {
 
 }  // namespace
 
-void weight_only_int8_gemm_avx2(const WeightOnlyInt8Gemm& g) {
-  g.bits == 8 ? int8_gemm_rows<8>(g) : int8_gemm_rows<4>(g);
-}
+void weight_only_int8_gemm_avx2(const WeightOnlyInt8Gemm& g) { int8_gemm<Pairs>(g); }
 
 void weight_only_dequantize_avx2(const WeightOnlyPanel& p) {
   p.bits == 8 ? dequantize<8>(p) : dequantize<4>(p);
