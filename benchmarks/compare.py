@@ -29,14 +29,13 @@ from llmq import bench
 SHAPES = bench.SHAPES
 TOKENS = (1, 4, 16, 64, 256, 1024)
 _LIBRARIES = ("torch", "torchao", "onnxruntime", "openvino", "llama-cpp-python")
-# What holds a library to AVX2, and who obeys: FBGEMM and ONNX Runtime have no such switch.
-_AVX2 = {
-    "LLMQ_ISA": "avx2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    "ATEN_CPU_CAPABILITY": "avx2",
+# What holds a library to an instruction set, and who obeys: FBGEMM and ONNX Runtime have no switch.
+_AVX2 = {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+_HELD = {
+    "avx2": _AVX2 | {"LLMQ_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "avxvnni": _AVX2 | {"LLMQ_ISA": "avxvnni", "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"},
 }
-_AVX2_PEERS = [
+_OBEDIENT = [
     *(name for name in PEERS if name.startswith("llmq")),
     "torch float32",
     "torch dynamic onednn",
@@ -309,7 +308,7 @@ def main() -> None:
     """Measure and write a record, or show one."""
     parser = argparse.ArgumentParser(description="our linear layers beside other libraries'")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--avx2", action="store_true", help="only who can be held to AVX2")
+    parser.add_argument("--isa", choices=_HELD, help="only who can be held to it")
     parser.add_argument("--peer", action="append", choices=PEERS, metavar="NAME")
     parser.add_argument("--shape", action="append", metavar="NxK")
     parser.add_argument("--tokens", action="append", type=int, metavar="M")
@@ -324,11 +323,11 @@ def main() -> None:
         record = json.loads(args.show.read_text())
     else:
         shapes = [tuple(map(int, s.split("x"))) for s in args.shape] if args.shape else SHAPES
-        if args.avx2:
-            os.environ.update(_AVX2)  # of the workers to come
+        if args.isa:
+            os.environ.update(_HELD[args.isa])  # of the workers to come
         before = ceilings.measure(args.threads)
         records, complaints = measure(
-            args.peer or (_AVX2_PEERS if args.avx2 else list(PEERS)),
+            args.peer or (_OBEDIENT if args.isa else list(PEERS)),
             shapes,
             args.tokens or TOKENS,
             threads=args.threads,
@@ -338,8 +337,8 @@ def main() -> None:
         after = ceilings.measure(args.threads)
         print(*complaints, sep="\n")
         machine = bench.machine() | {"threads": args.threads}
-        if args.avx2:
-            machine["isa"] = "avx2"
+        if args.isa:
+            machine["isa"] = args.isa
         record = {
             "machine": machine,
             "versions": versions(),

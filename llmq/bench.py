@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import math
 import platform
 import statistics
 import time
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from llmq import dispatch
-from llmq.nn import QuantLinear, SparseLinear
+from llmq.candidates import caller, fits, rotating, time_interleaved
 
 # SmolLM2-135M, BERT-base, Llama-7B, and one that divides by nothing: (N, K).
 SHAPES = (
@@ -39,9 +37,6 @@ SCHEMES = (
     "w4a16-quantile-g32",
     "sparse 50 % w8a8",
 )
-_ROTATED = 200e6  # bytes of weights among which large shapes rotate, so that M = 1 reads memory
-_CACHED = 4e6  # weights below this many bytes stay in cache, as the layers of a small model do
-_SECONDS = 0.2  # of measuring a layer, in all rounds
 
 
 def machine() -> dict[str, Any]:
@@ -67,53 +62,6 @@ def _cpu_name() -> str:
     return platform.processor() or "unknown"
 
 
-def make_layer(linear: nn.Linear, scheme: str) -> nn.Module:
-    """Return `linear` compressed by a scheme's name, or by `"sparse N % <scheme>"`."""
-    if not scheme.startswith("sparse "):
-        return QuantLinear.from_linear(linear, scheme)
-    _, percent, _, values = scheme.split()
-    magnitude = linear.weight.detach().abs()
-    dropped = max(1, round(int(percent) / 100 * magnitude.shape[1]))
-    threshold = magnitude.kthvalue(dropped, dim=1, keepdim=True).values
-    return SparseLinear.from_linear(linear, scheme=values, mask=magnitude > threshold)
-
-
-def time_interleaved(
-    calls: dict[str, Callable[[], Any]], seconds: float = _SECONDS, rounds: int = 7
-) -> dict[str, float]:
-    """Return the median seconds of one call of each, measured in turn (A B A B …)."""
-    repeats = {}
-    for name, call in calls.items():
-        call()
-        started = time.perf_counter()
-        call()
-        once = max(time.perf_counter() - started, 1e-7)
-        repeats[name] = max(1, int(seconds / rounds / once))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            samples[name].append((time.perf_counter() - started) / repeats[name])
-    return {name: statistics.median(values) for name, values in samples.items()}
-
-
-def copies(size: float) -> int:
-    """Return among how many equal layers of `size` bytes calls rotate to read them from memory."""
-    return 1 if size < _CACHED else math.ceil(_ROTATED / size)
-
-
-def _rotating(dense: nn.Linear, scheme: str, size: float) -> list[nn.Module]:
-    first = dense if scheme == "float32" else make_layer(dense, scheme)
-    return [first, *(copy.deepcopy(first) for _ in range(copies(size) - 1))]
-
-
-def _caller(layers: list[nn.Module], x: Tensor) -> Callable[[], Any]:
-    turn = iter(range(1 << 62))
-    return lambda: layers[next(turn) % len(layers)](x)
-
-
 def linear(
     shapes: tuple[tuple[int, int], ...] = SHAPES,
     tokens: tuple[int, ...] = TOKENS,
@@ -128,14 +76,13 @@ def linear(
     for N, K in tqdm(shapes, desc="bench linear", unit="shape", leave=False):
         dense = nn.Linear(K, N)
         layers: dict[str, list[nn.Module]] = {}
-        fitting = [s for s in schemes if all(K % g == 0 for g in _groups(s))]
+        fitting = [s for s in schemes if fits(s, N, K)]
         for scheme in ("float32", *fitting):
-            bits = 32 if scheme == "float32" else 4 if "w4" in scheme else 8
-            layers[scheme] = _rotating(dense, scheme, N * K * bits / 8)
+            layers[scheme] = rotating(dense, "float" if scheme == "float32" else scheme)
         for M in tokens:
             x = torch.randn(M, K)
             with torch.inference_mode():
-                calls = {name: _caller(equal, x) for name, equal in layers.items()}
+                calls = {name: caller(equal, x) for name, equal in layers.items()}
                 medians = time_interleaved(calls)
             for scheme, seconds in medians.items():
                 first: Any = layers[scheme][0]
@@ -152,10 +99,6 @@ def linear(
                     }
                 )
     return records
-
-
-def _groups(scheme: str) -> list[int]:
-    return [int(part[1:]) for part in scheme.split("-") if part[:1] == "g" and part[1:].isdigit()]
 
 
 def linear_table(records: list[dict[str, Any]]) -> str:
