@@ -12,6 +12,7 @@ from llmq.doctor import doctor
 from llmq.evaluate import evaluate
 from llmq.fine_tune import fine_tune
 from llmq.nn import QuantEmbedding, QuantLinear, SparseLinear
+from llmq.plan import plan
 from llmq.prune import prune
 from llmq.quantize import quantize
 from llmq.scheme import Scheme
@@ -26,6 +27,7 @@ __all__ = [
     "evaluate",
     "fine_tune",
     "load",
+    "plan",
     "prune",
     "quantize",
     "save",
