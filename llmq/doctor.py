@@ -205,12 +205,22 @@ def _gpu() -> list[Part]:
     built = torch.version.cuda
     why = f"none found; this torch is built {f'for CUDA {built}' if built else 'without CUDA'}"
     device = torch.cuda.get_device_name() if cuda else why
-    reference = "GPUs run the reference path so far"
-    return [
-        Part("CUDA device", cuda, device, reference),
-        _installed("triton", "comes with CUDA builds of torch"),
-        _installed("llmq_kernels", reference),
+    parts = [
+        Part("CUDA device", cuda, device, "" if cuda else "GPUs need a CUDA build of torch"),
+        _installed("triton", "kernels for GPUs: pip install 'llmq-kernels[gpu]'"),
+        _installed("llmq_kernels", "kernels for GPUs: install llmq-kernels, not its folder llmq"),
     ]
+    if cuda:
+        parts += [_gpu_op(op) for op in _OPS]
+    return parts
+
+
+def _gpu_op(op: str) -> Part:
+    few, many = (dispatch.choose(op, "cuda", torch.bfloat16, M, 4096, 4096) for M in (1, 4096))
+    found = f"{few.name} ({few.reason})"
+    if many != few:
+        found = f"1 token: {found}; 4096: {many.name} ({many.reason})"
+    return Part(f"{op} on GPU", "reference" not in (few.name, many.name), found)
 
 
 def _extras() -> list[Part]:
@@ -226,10 +236,12 @@ def _installed(module: str, remedy: str) -> Part:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):  # blocked, or in sys.modules without a spec
         spec = None
-    if spec is None or spec.origin is None:
+    folders = [] if spec is None else [*(spec.submodule_search_locations or ())]
+    if spec is None or (spec.origin is None and not folders):
         return Part(module, False, "not installed", remedy)
     try:
         version = importlib.metadata.version(module.replace("_", "-"))
     except importlib.metadata.PackageNotFoundError:
         version = "version unknown"
-    return Part(module, True, version, path=str(Path(spec.origin).parent))
+    path = folders[0] if spec.origin is None else Path(spec.origin).parent
+    return Part(module, True, version, path=str(path))

@@ -3,8 +3,9 @@
 Schemas live here, so the ops exist without a compiled library; native code only registers faster
 implementations of the same meaning. In every op x is [..., K] and y [..., N], both float32,
 bfloat16 or float16; dot products accumulate in int32 or float32. One class an op: its fields are
-the op's arguments, `check` returns N or raises, `reference` computes y from checked arguments, and
-`dense` is the weight that they stand for, float32 [N, K], through which gradients flow.
+the op's arguments, `check` returns N or raises, `form` tells the choice of a kernel what shapes do
+not, `reference` computes y from checked arguments, and `dense` is the weight that they stand for,
+float32 [N, K], through which gradients flow.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmq import extension
+from llmq import extension, gpu
+from llmq.dispatch import Format
 from llmq.formats import activation, bitmap, block, codebook, semi_structured, uniform
 
 _library = torch.library.Library("llmq", "DEF")
@@ -31,6 +33,8 @@ class _LinearOp(Protocol):
     def x(self) -> Tensor: ...
     @property
     def bias(self) -> Tensor | None: ...
+    @property
+    def form(self) -> Format: ...
     def check(self) -> int: ...
     def reference(self) -> Tensor: ...
     def dense(self) -> Tensor: ...
@@ -93,6 +97,11 @@ def _check_codes(op: str, weight: Tensor, bits: int, N: int, K: int) -> None:
         f"weight must be {list(rows)} (or panels {list(panels)}) for x [..., {K}] and "
         f"weight_scale of {N} rows, got {list(weight.shape)}",
     )
+
+
+def _group(weight_scale: Tensor, K: int) -> int:
+    G = weight_scale.shape[1]
+    return K // G if G > 1 else 0
 
 
 # -- reference arithmetic ------------------------------------------------------------------------
@@ -167,6 +176,12 @@ def _define(schema: str, op: type[_LinearOp]) -> None:
             _print_kernel(name, call.x.numel() // max(K, 1), N, K)
         return call.reference()
 
+    def cuda(*args: Any, **kwargs: Any) -> Tensor:
+        call = op(*args, **kwargs)
+        N = call.check()
+        y: Tensor = gpu.run(name, tuple(call), call.reference, call.form, N)  # type: ignore[arg-type]
+        return y
+
     def fake(*args: Any, **kwargs: Any) -> Tensor:
         call = op(*args, **kwargs)
         return call.x.new_empty(*call.x.shape[:-1], call.check())
@@ -207,6 +222,7 @@ def _define(schema: str, op: type[_LinearOp]) -> None:
         defined = definition.split("(")[0]
         _library.impl(defined, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"llmq::{defined}", shape, lib=_library)
+    _library.impl(name, cuda, "CUDA")
     torch.library.register_autograd(
         f"llmq::{name}", backward, setup_context=setup_context, lib=_library
     )
@@ -221,6 +237,15 @@ def _quantize_activation(x: Tensor, group_size: int = 0) -> tuple[Tensor, Tensor
     return activation.quantize_activation(x, group_size)
 
 
+def _quantize_activation_cuda(x: Tensor, group_size: int = 0) -> tuple[Tensor, Tensor]:
+    _check_x("quantize_activation", x)
+    _check_group("quantize_activation", x.shape[-1], group_size)
+    reference = functools.partial(activation.quantize_activation, x, group_size)
+    form = Format(activation_group=group_size)
+    codes, scale = gpu.run("quantize_activation", (x, group_size), reference, form, 1)
+    return codes, scale
+
+
 def _quantize_activation_fake(x: Tensor, group_size: int = 0) -> tuple[Tensor, Tensor]:
     _check_x("quantize_activation", x)
     _check_group("quantize_activation", x.shape[-1], group_size)
@@ -231,6 +256,7 @@ def _quantize_activation_fake(x: Tensor, group_size: int = 0) -> tuple[Tensor, T
 
 _library.define("quantize_activation(Tensor x, int group_size=0) -> (Tensor, Tensor)")
 _library.impl("quantize_activation", _quantize_activation, "CompositeExplicitAutograd")
+_library.impl("quantize_activation", _quantize_activation_cuda, "CUDA")
 torch.library.register_fake("llmq::quantize_activation", _quantize_activation_fake, lib=_library)
 
 
@@ -257,6 +283,10 @@ class _Int8Linear(NamedTuple):
         _check_codes(op, self.weight, 8, N, K)
         _check_group(op, K, self.activation_group_size)
         return N
+
+    @property
+    def form(self) -> Format:
+        return Format(activation_group=self.activation_group_size)
 
     def reference(self) -> Tensor:
         codes = _canonical(self.weight, 8, self.weight_scale.shape[0], self.x.shape[-1])
@@ -303,6 +333,11 @@ class _WeightOnlyLinear(NamedTuple):
         _check_codes(op, self.weight, self.bits, N, K)
         _check_group(op, K, self.activation_group_size)
         return N
+
+    @property
+    def form(self) -> Format:
+        group = _group(self.weight_scale, self.x.shape[-1])
+        return Format(self.bits, group, self.activation_group_size)
 
     def _decode(self, scale: Tensor) -> Tensor:
         K = self.x.shape[-1]
@@ -354,6 +389,10 @@ class _CodebookLinear(NamedTuple):
             f"{list(table.shape)}",
         )
         return N
+
+    @property
+    def form(self) -> Format:
+        return Format(self.bits, _group(self.weight_scale, self.x.shape[-1]))
 
     def reference(self) -> Tensor:
         return _float_linear(self.x, self.dense(), self.bias)
@@ -438,6 +477,10 @@ class _BitmapSparseLinear(NamedTuple):
         _check_sparse(op, self.x, self.weight, N, self.weight_scale, self.bias, group_size)
         return N
 
+    @property
+    def form(self) -> Format:
+        return Format(8 * self.weight.element_size(), 0, self.activation_group_size)
+
     def _values(self) -> Tensor:
         stored = (self.weight, self.weight_bitmask, self.row_offsets)
         K = self.x.shape[-1]
@@ -477,6 +520,10 @@ class _SemiStructuredLinear(NamedTuple):
         _check_sparse(op, self.x, self.weight, N, self.weight_scale, self.bias, group_size)
         return N
 
+    @property
+    def form(self) -> Format:
+        return Format(8 * self.weight.element_size(), 0, self.activation_group_size)
+
     def _values(self) -> Tensor:
         return semi_structured.decode(self.weight, self.weight_meta, self.x.shape[-1])
 
@@ -511,6 +558,10 @@ class _BlockSparseLinear(NamedTuple):
         op, N, group_size = "block_sparse_linear", self._rows(), self.activation_group_size
         _check_sparse(op, self.x, self.weight, N, self.weight_scale, self.bias, group_size)
         return N
+
+    @property
+    def form(self) -> Format:
+        return Format(8 * self.weight.element_size(), 0, self.activation_group_size)
 
     def _values(self) -> Tensor:
         K, N = self.x.shape[-1], self._rows()

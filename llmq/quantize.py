@@ -104,7 +104,8 @@ def _pick(model: nn.Module, bits: int, scheme: str | Scheme | None) -> tuple[Sch
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     if dispatch.has_fast_int8(device):
-        why = f"int8 dot products are fast on this {device.type} ({dispatch.cpu_isa()})"
+        isa = f" ({dispatch.cpu_isa()})" if device.type == "cpu" else ""
+        why = f"int8 dot products are fast on this {device.type}{isa}"
         return resolve_scheme("w8a8"), f"bits=8: w8a8, as {why}"
     why = f"no fast int8 dot product for {device.type} here"
     return resolve_scheme("w8a16"), f"bits=8: w8a16, as there is {why}"

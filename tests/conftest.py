@@ -13,6 +13,10 @@ import torch
 from llmq import extension
 from tests.cpu_isas import ISA_FLAGS, available
 
+# Before any test imports Triton's kernels: without a GPU it interprets them.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def built_extensions() -> list[Path]:
     """The library that LLMQ_LIBRARY names, or those of this checkout and an installed package."""

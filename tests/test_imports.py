@@ -25,6 +25,7 @@ ORDER = (
     ("scheme",),
     ("formats", "extension"),
     ("dispatch",),
+    ("gpu",),
     ("ops",),
     ("nn",),
     ("integrations",),

@@ -147,9 +147,7 @@ class SparseLinear(CompressedLayer):
         if self.scheme is None and self._is_dense():
             return F.linear(x, self.weight, self.bias)
         x = autocast(x)
-        group = None
-        if self.scheme is not None and self.scheme.activations is not None:
-            group = self.scheme.activation_group_size or 0
+        group = self._activation_group()
         p, ops = self._parameters, torch.ops.llmq
         last = (p["weight_scale"], p["bias"], group)
         if p["weight_bitmask"] is not None:
@@ -160,6 +158,11 @@ class SparseLinear(CompressedLayer):
             return call(op, x, p["weight"], p["weight_meta"], *last)
         op = ops.block_sparse_linear.default
         return call(op, x, p["weight"], p["block_index"], p["block_offsets"], *last)
+
+    def _activation_group(self) -> int | None:
+        if self.scheme is None or self.scheme.activations is None:
+            return None
+        return self.scheme.activation_group_size or 0
 
     def _held(self) -> dict[str, Tensor]:
         return {n: p.data for n, p in self._parameters.items() if p is not None}
@@ -241,11 +244,13 @@ class SparseLinear(CompressedLayer):
         packed = torch.ops.llmq.pack_bitmap_panels(*(tensors[n] for n in names), K)
         return tensors | dict(zip(names, packed, strict=True))
 
+    def _form(self) -> dispatch.Format:
+        return dispatch.Format(8 * self.weight.element_size(), 0, self._activation_group())
+
     def kernel(self, M: int, dtype: torch.dtype = torch.float32) -> dispatch.Kernel:
         """Return the kernel that runs for M tokens of `dtype`, with the reason."""
-        return dispatch.choose(
-            self.op, self.weight.device, dtype, M, self.out_features, self.in_features
-        )
+        N, K = self.out_features, self.in_features
+        return dispatch.choose(self.op, self.weight.device, dtype, M, N, K, self._form())
 
     def config(self) -> dict[str, Any]:
         """Return what `empty_layer` needs to make a layer of these shapes, ready for JSON."""
