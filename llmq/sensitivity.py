@@ -8,7 +8,7 @@ cannot have changed, are kept from the first run.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmq.blocks import blocks, constant, running
 from llmq.compare import divergence
 from llmq.evaluate import aligned, inference, logits_of, unpack
 from llmq.walk import Target
@@ -81,7 +82,7 @@ class Sensitivity:
         self.batches = batches
         takes = inspect.signature(model.forward).parameters
         self._without_cache = {"use_cache": False} if "use_cache" in takes else {}
-        self._blocks = _blocks(model)
+        self._blocks = blocks(model)
         self._order: dict[str, int] = {}
         self._kept: list[dict[str, Any]] = []  # by batch, each block's output
         self._logits: list[Tensor] = []
@@ -165,38 +166,11 @@ class Sensitivity:
         with ExitStack() as stack:
             for name, block in self._blocks.items():
                 if self._order.get(name, first) < first:
-                    stack.enter_context(_forward(block, _constant(self._kept[batch][name])))
+                    stack.enter_context(running(block, constant(self._kept[batch][name])))
             yield
 
     def _block_of(self, name: str) -> str | None:
         return next((block for block in self._blocks if name.startswith(f"{block}.")), None)
-
-
-def _blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The entries of the outermost ModuleLists, such as a Transformer's layers."""
-    found: dict[str, nn.Module] = {}
-    lists: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{o}.") for o in lists):
-            lists.append(name)
-            found.update({f"{name}.{i}": child for i, child in enumerate(module)})
-    # One that stands in two places, or runs twice, has no single output to keep.
-    modules = [id(module) for module in found.values()]
-    return {name: module for name, module in found.items() if modules.count(id(module)) == 1}
-
-
-@contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let `module` run `forward`; its attributes, which model code reads, stay."""
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-
-
-def _constant(value: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: value
 
 
 @contextmanager

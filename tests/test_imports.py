@@ -29,7 +29,7 @@ ORDER = (
     ("ops",),
     ("nn",),
     ("integrations",),
-    ("report", "walk"),
+    ("blocks", "report", "walk"),
     ("algorithms",),
     ("candidates",),
     (
