@@ -15,17 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmq import intervals
 from llmq.evaluate import (
     Metrics,
+    Tally,
     aligned,
     batches_of,
-    evaluate,
+    by_row,
     inference,
     logits_of,
     model_bytes,
     progress,
     unpack,
 )
+from llmq.intervals import Interval
 from llmq.nn import CompressedLayer
 
 _ROWS = 1024  # rows of logits compared at once
@@ -53,6 +56,9 @@ class Report:
         agreement: share of positions at which both give the same token the highest probability.
         cosine: mean cosine similarity of encoder outputs; None where there are logits.
         layers: output error of each compressed layer.
+        intervals: of 95 %, row of the data by row: `"nll"`, `"perplexity"` (a share) and
+            `"accuracy"` of compressed − original, `"kl"`, `"agreement"` and `"cosine"`; none if
+            the data is one row.
     """
 
     original: Metrics | None
@@ -63,6 +69,7 @@ class Report:
     agreement: float | None
     cosine: float | None
     layers: list[LayerError] = field(default_factory=list)
+    intervals: dict[str, Interval] = field(default_factory=dict)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Return the table's rows: what, original, compressed."""
@@ -78,18 +85,34 @@ class Report:
                 values = [getattr(m, name) for m in (self.original, self.compressed)]
                 if None not in values:
                     rows.append((title, *(format(v, form) for v in values)))  # type: ignore[arg-type]
-        for title, value in (
-            ("KL to the original", self.kl),
-            ("same first choice", self.agreement),
-            ("cosine similarity", self.cosine),
+        for title, name in (
+            ("KL to the original", "kl"),
+            ("same first choice", "agreement"),
+            ("cosine similarity", "cosine"),
         ):
-            if value is not None:
-                rows.append((title, "", f"{value:.4f}"))
+            if getattr(self, name) is not None:
+                rows.append((title, "", f"{self.intervals.get(name, getattr(self, name)):.4f}"))
         return rows
+
+    def verdicts(self) -> list[str]:
+        """Say of each difference how large it is, and whether it can be told from zero."""
+        lines = []
+        for name, unit in (("perplexity", "%"), ("accuracy", "points")):
+            found = self.intervals.get(name)
+            if found is not None:
+                low, value, high = (100 * x for x in (found.low, found.value, found.high))
+                told = "can" if found.distinguishable else "cannot"
+                lines.append(
+                    f"{name} {value:+.2f} {unit} [{low:+.2f}, {high:+.2f}] at 95 % over "
+                    f"{found.rows} rows: {told} be told from no difference"
+                )
+        return lines
 
     def __str__(self) -> str:
         rows = [("", "original", "compressed"), *self.rows()]
-        lines = [f"{title:<20}{left:>12}{right:>12}" for title, left, right in rows]
+        width = max(12, *(len(cell) + 2 for row in rows for cell in row[1:]))
+        lines = [f"{title:<20}{left:>{width}}{right:>{width}}" for title, left, right in rows]
+        lines += self.verdicts()
         worst = sorted(self.layers, key=lambda layer: -layer.output_error)[:5]
         if worst:
             lines.append("largest output errors:")
@@ -111,7 +134,9 @@ class Report:
         """Return a page that needs no other file, and write it to `file` if one is given."""
         plots = [] if not self.layers else [layer_plot({"": self.layers})]
         head = ("", "original", "compressed")
-        page = html_page("llmq: original and compressed", [html_table(head, self.rows())], plots)
+        parts = [html_table(head, self.rows())]
+        parts += [f"<p>{html.escape(line)}</p>" for line in self.verdicts()]
+        page = html_page("llmq: original and compressed", parts, plots)
         if file is not None:
             Path(file).write_text(page)
         return page
@@ -137,66 +162,101 @@ def compare(original: nn.Module, compressed: nn.Module, data: Any) -> Report:
         kwargs = {k: v for k, v in kwargs.items() if k != "labels" or labels is not None}
         encoder = logits_of(original(*args, **kwargs)) is None
         layers = layer_errors(original, compressed, args, kwargs)
-        kl, agreement, cosine = _distances(original, compressed, batches, encoder)
-    measured = [None, None] if encoder else [evaluate(m, batches) for m in (original, compressed)]
+        found = _measure(original, compressed, batches, encoder)
+    sizes = model_bytes(original), model_bytes(compressed)
+    judged = bool(found.original.labels)
     return Report(
-        original=measured[0],
-        compressed=measured[1],
-        bytes_before=model_bytes(original),
-        bytes_after=model_bytes(compressed),
-        kl=kl,
-        agreement=agreement,
-        cosine=cosine,
+        original=found.original.metrics(sizes[0]) if judged else None,
+        compressed=found.compressed.metrics(sizes[1]) if judged else None,
+        bytes_before=sizes[0],
+        bytes_after=sizes[1],
+        kl=None if encoder else sum(found.kl) / sum(found.rows),
+        agreement=None if encoder else sum(found.same) / sum(found.rows),
+        cosine=sum(found.cosine) / len(found.cosine) if encoder else None,
         layers=layers,
+        intervals=found.intervals(),
     )
 
 
 def divergence(original: Tensor, compressed: Tensor) -> tuple[float, int]:
     """Return (Σ KL(original ‖ compressed) in nats, equal first choices) over rows of logits."""
-    total, same = 0.0, 0
+    kl, same = divergences(original, compressed)
+    return float(kl.double().sum()), int(same.sum())
+
+
+def divergences(original: Tensor, compressed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KL(original ‖ compressed) in nats, and whether first choices are equal, by row."""
+    kl, same = [], []
     for p, q in zip(original.split(_ROWS), compressed.split(_ROWS), strict=True):
         left, right = p.float().log_softmax(-1), q.float().log_softmax(-1)
-        total += float(F.kl_div(right, left, log_target=True, reduction="sum"))
-        same += int((p.argmax(-1) == q.argmax(-1)).sum())
-    return total, same
+        kl.append(F.kl_div(right, left, log_target=True, reduction="none").sum(-1))
+        same.append(p.argmax(-1) == q.argmax(-1))
+    return torch.cat(kl), torch.cat(same)
 
 
-def _distances(
+@dataclass
+class _Found:
+    """Sums by row of the data: of both models' own outcomes, and of the distance between them."""
+
+    original: Tally = field(default_factory=Tally)
+    compressed: Tally = field(default_factory=Tally)
+    kl: list[float] = field(default_factory=list)
+    same: list[float] = field(default_factory=list)
+    rows: list[float] = field(default_factory=list)  # logits that were compared
+    cosine: list[float] = field(default_factory=list)
+
+    def intervals(self) -> dict[str, Interval]:
+        """Return what the report tells with an interval."""
+        found = {}
+        if len(self.cosine) > 1:
+            found["cosine"] = intervals.mean(self.cosine, [1] * len(self.cosine))
+        if len(self.rows) > 1:
+            found["kl"] = intervals.mean(self.kl, self.rows)
+            found["agreement"] = intervals.share(self.same, self.rows)
+        a, b = self.original, self.compressed
+        if len(a.labels) > 1:
+            found["nll"] = intervals.difference(a.nll, b.nll, a.labels)
+            found["accuracy"] = intervals.share_difference(a.right, b.right, a.labels)
+            if a.language:
+                found["perplexity"] = intervals.exponential(found["nll"])
+        return found
+
+
+def _measure(
     original: nn.Module, compressed: nn.Module, batches: list[Any], encoder: bool
-) -> tuple[float | None, float | None, float | None]:
-    total = similarity = 0.0
-    same = count = 0
-    devices = [next(m.parameters()).device for m in (original, compressed)]
+) -> _Found:
+    """Run both models on each batch in turn."""
+    found = _Found()
+    pairs = ((original, found.original), (compressed, found.compressed))
+    devices = [next(model.parameters()).device for model, _ in pairs]
     for batch in progress(batches, "compare"):
-        outputs = []
-        for model, device in zip((original, compressed), devices, strict=True):
+        outputs: list[Tensor] = []
+        for (model, tally), device in zip(pairs, devices, strict=True):
             args, kwargs, labels = unpack(batch, device)
-            output = model(*args, **kwargs)
+            output = tally.run(model, args, kwargs)
             if encoder:
                 outputs.append(_hidden(output, kwargs.get("attention_mask")))
-            elif labels is None:
-                outputs.append(_matrix(logits_of(output)))
+                continue
+            if labels is None:
+                logits = logits_of(output)
+                assert logits is not None
+                flat = logits.reshape(-1, logits.shape[-1])
+                rows = torch.arange(flat.shape[0]) // max(flat.shape[0] // logits.shape[0], 1)
             else:
-                logits, wanted = aligned(model, output, labels)
-                outputs.append(_matrix(logits)[wanted.reshape(-1) != -100].cpu())
+                flat, rows = tally.judge(*aligned(model, output, labels))
+            outputs.append(flat.cpu())
         if outputs[0].shape != outputs[1].shape:
             raise ValueError(
                 f"outputs differ in shape: {list(outputs[0].shape)}, {list(outputs[1].shape)}"
             )
-        count += outputs[0].shape[0]
         if encoder:
-            similarity += float(F.cosine_similarity(outputs[0], outputs[1], dim=-1).sum())
-        else:
-            kl, equal = divergence(*outputs)
-            total, same = total + kl, same + equal
-    if encoder:
-        return None, None, similarity / count
-    return total / count, same / count, None
-
-
-def _matrix(logits: Tensor | None) -> Tensor:
-    assert logits is not None
-    return logits.reshape(-1, logits.shape[-1])
+            found.cosine += F.cosine_similarity(outputs[0], outputs[1], dim=-1).tolist()
+            continue
+        kl, same = divergences(*outputs)
+        found.kl += by_row(kl, rows.cpu())
+        found.same += by_row(same, rows.cpu())
+        found.rows += by_row(torch.ones_like(kl), rows.cpu())
+    return found
 
 
 def _hidden(output: Any, mask: Tensor | None) -> Tensor:

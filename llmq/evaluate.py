@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from llmq import intervals
+from llmq.intervals import Interval
 from llmq.nn import CompressedLayer
 
 WINDOW = 512  # tokens a window of running text is cut into
@@ -32,6 +34,8 @@ class Metrics:
         tokens: labels counted.
         bytes: of all parameters and persistent buffers as a checkpoint holds them.
         tokens_per_second: inputs through the model a second, on this data.
+        intervals: of 95 %, of `"nll"` and `"accuracy"` over other data of this kind; none if the
+            data is one row.
     """
 
     nll: float
@@ -40,13 +44,14 @@ class Metrics:
     tokens: int
     bytes: int
     tokens_per_second: float
+    intervals: dict[str, Interval] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, ready for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        parts = [f"nll {self.nll:.4f}"]
+        parts = [f"nll {self.intervals.get('nll', self.nll):.4f}"]
         if self.perplexity is not None:
             parts.append(f"perplexity {self.perplexity:.3f}")
         parts.append(f"accuracy {100 * self.accuracy:.2f} %")
@@ -56,6 +61,58 @@ class Metrics:
         return ", ".join(parts)
 
 
+@dataclass
+class Tally:
+    """What a model got right, summed by row of the data: a window, document or example."""
+
+    nll: list[float] = field(default_factory=list)
+    right: list[float] = field(default_factory=list)
+    labels: list[float] = field(default_factory=list)
+    inputs: int = 0
+    seconds: float = 0.0
+    language: bool = True  # whether labels are tokens, so that there is a perplexity
+
+    def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the model's output, and take its time."""
+        started = time.perf_counter()
+        output = model(*args, **kwargs)
+        self.seconds += time.perf_counter() - started
+        self.inputs += _tokens(args, kwargs)
+        return output
+
+    def judge(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Count what `aligned` gave; returns the logits [rows, vocabulary] that count, and rows."""
+        self.language &= logits.dim() == 3
+        flat, targets, rows = counted(logits, labels)
+        parts = zip(flat.split(_ROWS), targets.split(_ROWS), strict=True)
+        nll = torch.cat([F.cross_entropy(p.float(), t, reduction="none") for p, t in parts])
+        right = flat.argmax(-1) == targets
+        self.nll += by_row(nll, rows)
+        self.right += by_row(right, rows)
+        self.labels += by_row(torch.ones_like(right), rows)
+        return flat, rows
+
+    def metrics(self, size: int) -> Metrics:
+        """Return the outcome for a model of `size` bytes."""
+        count = int(sum(self.labels))
+        if count == 0:
+            raise ValueError("data holds no label to measure; give at least two tokens or a batch")
+        mean = sum(self.nll) / count
+        found = {}
+        if len(self.labels) > 1:
+            found["nll"] = intervals.mean(self.nll, self.labels)
+            found["accuracy"] = intervals.share(self.right, self.labels)
+        return Metrics(
+            nll=mean,
+            perplexity=(math.exp(mean) if mean < 700 else math.inf) if self.language else None,
+            accuracy=sum(self.right) / count,
+            tokens=count,
+            bytes=size,
+            tokens_per_second=self.inputs / max(self.seconds, 1e-9),
+            intervals=found,
+        )
+
+
 def evaluate(model: nn.Module, data: Any) -> Metrics:
     """Measure `model` on `data`, without changing either.
 
@@ -63,7 +120,7 @@ def evaluate(model: nn.Module, data: Any) -> Metrics:
         model: a causal or encoder-decoder language model, or a classifier.
         data: running text as token ids [T] or [windows, T] (cut into windows of 512); a pair
             (text or texts, tokenizer); or batches: dicts of the model's arguments with `labels`,
-            or pairs (inputs, targets).
+            or pairs (inputs, targets). Intervals take each row of a batch as one observation.
 
     Raises:
         ValueError: if there is nothing to measure, or a batch has no labels.
@@ -71,37 +128,16 @@ def evaluate(model: nn.Module, data: Any) -> Metrics:
 
     Example:
         >>> print(llmq.evaluate(model, tokens))
-        nll 2.6873, perplexity 14.692, accuracy 47.90 %, 4088 labels, 538.1 MB, 640 tokens/s
+        nll 2.6873 [2.4201, 2.9545], perplexity 14.692, accuracy 47.90 %, 4088 labels, 538.1 MB, …
     """
-    nll = 0.0
-    right = count = inputs = 0
-    language = True
-    seconds = 0.0
+    tally = Tally()
     with inference(model):
         device = next(model.parameters()).device
         for batch in progress(batches_of(data), "evaluate"):
             args, kwargs, labels = unpack(batch, device)
-            started = time.perf_counter()
-            output = model(*args, **kwargs)
-            seconds += time.perf_counter() - started
-            inputs += _tokens(args, kwargs)
-            logits, wanted = aligned(model, output, labels)
-            language &= logits.dim() == 3
-            for rows, targets in _rows(logits, wanted):
-                nll += float(F.cross_entropy(rows.float(), targets, reduction="sum"))
-                right += int((rows.argmax(-1) == targets).sum())
-                count += targets.numel()
-    if count == 0:
-        raise ValueError("data holds no label to measure; give at least two tokens or one batch")
-    mean = nll / count
-    return Metrics(
-        nll=mean,
-        perplexity=(math.exp(mean) if mean < 700 else math.inf) if language else None,
-        accuracy=right / count,
-        tokens=count,
-        bytes=model_bytes(model),
-        tokens_per_second=inputs / max(seconds, 1e-9),
-    )
+            output = tally.run(model, args, kwargs)
+            tally.judge(*aligned(model, output, labels))
+    return tally.metrics(model_bytes(model))
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -230,13 +266,20 @@ def is_causal(model: nn.Module) -> bool:
     return not any(part in name for part in ("MaskedLM", "TokenClassification"))
 
 
-def _rows(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def counted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits [labels, classes], labels that count, and the row of the batch of each."""
     flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     if flat.shape[0] != targets.shape[0]:
         raise ValueError(f"logits {list(logits.shape)} and labels {list(labels.shape)} differ")
     kept = (targets != _IGNORED).nonzero()[:, 0]
-    for part in kept.split(_ROWS):
-        yield flat[part], targets[part]
+    return flat[kept], targets[kept], kept // max(flat.shape[0] // max(logits.shape[0], 1), 1)
+
+
+def by_row(values: Tensor, rows: Tensor) -> list[float]:
+    """Return the sum of `values` over each row of a batch that `rows` names."""
+    names, place = rows.unique(return_inverse=True)
+    sums = torch.zeros(names.numel(), dtype=torch.float64, device=values.device)
+    return sums.index_add_(0, place, values.double()).tolist()
 
 
 def progress(batches: Iterable[Any], what: str) -> Iterable[Any]:
