@@ -3,7 +3,7 @@
 // A code u placed in the mantissa of a float of the right exponent is 2^e + u; one FMA takes 2^e and
 // the zero point away, exactly. `zero` is what it adds, twice, by zero_word.
 //   f16   int8  0x64uu = 1024 + u with u = code + 128
-//         int4  0x640u = 1024 + u (row g); 0x64u0 = 1024 + 16u, times 1/16 (row g+8)
+//         int4  0x640u = 1024 + u; 0x64u0 = 1024 + 16u, times 1/16, whose zero is 960 more
 //   bf16  int4  0x430u = 128 + u
 //         int8  has a mantissa bit too few: 0x43ll = 128 + l with the lower 7 bits l, minus
 //               0x43s0 = 128 + 128·sign, then the zero point
@@ -23,13 +23,12 @@ LLMQ_PTX uint32_t twice(float value) {
 
 // The word that fragments of a row subtract; exact, since |zero_point| ≤ 128.
 template <int kBits>
-LLMQ_PTX uint32_t zero_word(int zero_point, int row, Half) {
-  const int offset = kBits == 8 ? 1024 + 128 : row % kTileRows < 8 ? 1024 : 64;
-  return twice<Half>(static_cast<float>(-(offset + zero_point)));
+LLMQ_PTX uint32_t zero_word(int zero_point, Half) {
+  return twice<Half>(static_cast<float>(-(kBits == 8 ? 1024 + 128 : 1024) - zero_point));
 }
 template <int kBits>
-LLMQ_PTX uint32_t zero_word(int zero_point, int, BFloat16) {
-  return twice<BFloat16>(static_cast<float>(-((kBits == 8 ? 0 : 128) + zero_point)));
+LLMQ_PTX uint32_t zero_word(int zero_point, BFloat16) {
+  return twice<BFloat16>(static_cast<float>(-(kBits == 8 ? 0 : 128) - zero_point));
 }
 
 // Four int8 codes of one row to its two registers.
@@ -50,24 +49,19 @@ LLMQ_PTX void int8_pairs(uint32_t codes, uint32_t zero, uint32_t& low, uint32_t&
   high = int8_pair(ptx::prmt(codes, 0, 0x4342), zero, t);
 }
 
-// A word of tiles4: four codes of row g and four of row g+8, in the order of a fragment.
-LLMQ_PTX void int4_fragment(uint32_t word, uint32_t zero0, uint32_t zero8, uint32_t (&a)[4],
-                            Half type) {
+// The lowest two nibbles of each half of a word: inputs (0, 4) and (1, 5) of its eight.
+LLMQ_PTX void int4_pairs(uint32_t word, uint32_t zero, uint32_t& low, uint32_t& high, Half type) {
   constexpr uint32_t kOne = 0x3c003c00, kSixteenth = 0x2c002c00, k1024 = 0x64006400;
-  const uint32_t next = word >> 8;
-  a[0] = ptx::fma2(ptx::lop3<ptx::kAndOr>(word, 0x000f000fu, k1024), kOne, zero0, type);
-  a[1] = ptx::fma2(ptx::lop3<ptx::kAndOr>(word, 0x00f000f0u, k1024), kSixteenth, zero8, type);
-  a[2] = ptx::fma2(ptx::lop3<ptx::kAndOr>(next, 0x000f000fu, k1024), kOne, zero0, type);
-  a[3] = ptx::fma2(ptx::lop3<ptx::kAndOr>(next, 0x00f000f0u, k1024), kSixteenth, zero8, type);
+  constexpr uint32_t k960 = 0x63806380;
+  low = ptx::fma2(ptx::lop3<ptx::kAndOr>(word, 0x000f000fu, k1024), kOne, zero, type);
+  high = ptx::fma2(ptx::lop3<ptx::kAndOr>(word, 0x00f000f0u, k1024), kSixteenth,
+                   ptx::fma2(zero, kOne, k960, type), type);
 }
-LLMQ_PTX void int4_fragment(uint32_t word, uint32_t zero0, uint32_t zero8, uint32_t (&a)[4],
-                            BFloat16 type) {
+LLMQ_PTX void int4_pairs(uint32_t word, uint32_t zero, uint32_t& low, uint32_t& high,
+                         BFloat16 type) {
   constexpr uint32_t kOne = 0x3f803f80, k128 = 0x43004300;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t value = ptx::lop3<ptx::kAndOr>(word >> (4 * i), 0x000f000fu, k128);
-    a[i] = ptx::fma2(value, kOne, i % 2 == 0 ? zero0 : zero8, type);
-  }
+  low = ptx::fma2(ptx::lop3<ptx::kAndOr>(word, 0x000f000fu, k128), kOne, zero, type);
+  high = ptx::fma2(ptx::lop3<ptx::kAndOr>(word >> 4, 0x000f000fu, k128), kOne, zero, type);
 }
 
 }  // namespace llmq::cuda

@@ -30,7 +30,6 @@ __global__ void __launch_bounds__(kThreads) quantize(const QuantizeRows q) {
   const int group = static_cast<int>(blockIdx.x), m = static_cast<int>(blockIdx.y);
   const int groups = static_cast<int>(gridDim.x), thread = static_cast<int>(threadIdx.x);
   const int64_t x = static_cast<int64_t>(m) * q.K + group * q.group_size;
-  int8_t* const codes = q.codes + m * q.codes_stride;
 
   uint32_t bits = 0;
   for (int i = thread; i < q.group_size; i += kThreads) {
@@ -44,16 +43,11 @@ __global__ void __launch_bounds__(kThreads) quantize(const QuantizeRows q) {
   for (int i = thread; i < q.group_size; i += kThreads) {
     const float value = load_float(q.x, q.x_dtype, x + i);
     const int code = finite ? ptx::cvt_rni(ptx::mul(value, inverse)) : 0;
-    ptx::st_global(codes + group * q.group_size + i, static_cast<int8_t>(code));
+    ptx::st_global(q.codes + x + i, static_cast<int8_t>(code));
   }
   if (thread == 0) {
     const float scale = finite ? ptx::div(amax, 127) : ptx::float_of(0x7fc00000u);
     ptx::st_global(q.scale + static_cast<int64_t>(m) * groups + group, scale);
-  }
-  if (group == groups - 1) {
-    for (int64_t k = q.K + thread; k < q.codes_stride; k += kThreads) {
-      ptx::st_global(codes + k, int8_t{0});
-    }
   }
 }
 

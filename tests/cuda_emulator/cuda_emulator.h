@@ -46,6 +46,7 @@ struct Index {
 // What a launch did, to tell how well a kernel uses memory.
 struct Counters {
   int64_t global_requests = 0, global_sectors = 0, global_ideal_sectors = 0;  // of a warp; 32 bytes
+  int64_t weight_sectors = 0, weight_ideal_sectors = 0;  // of memory whose name begins with weight
   int64_t shared_requests = 0, shared_wavefronts = 0, shared_ideal_wavefronts = 0;
   int64_t mma = 0, barriers = 0;
 };
@@ -53,7 +54,7 @@ struct Counters {
 struct Range {
   const char* data;
   size_t bytes;
-  const char* name;
+  std::string name;
 };
 
 struct Machine {
@@ -153,7 +154,8 @@ class Block {
     if (reinterpret_cast<uintptr_t>(p) % alignment != 0) fail("global address is odd", site);
     for (const Range& range : machine().memory) {
       if (p >= range.data && p + bytes <= range.data + range.bytes) {
-        note(site, false, reinterpret_cast<uintptr_t>(p), bytes);
+        const bool weight = range.name.starts_with("weight");
+        note(site, weight ? Space::weight : Space::global, reinterpret_cast<uintptr_t>(p), bytes);
         return;
       }
     }
@@ -169,7 +171,7 @@ class Block {
 
   void read_shared(const void* address, size_t bytes, size_t alignment, const Site& site) {
     const size_t begin = shared_offset(address, bytes, alignment, site);
-    note(site, true, begin, bytes);
+    note(site, Space::shared, begin, bytes);
     for (size_t i = begin; i < begin + bytes; ++i) {
       Byte& b = shadow_[i];
       if (b.pending) fail("shared memory is read before cp.async was waited for", site);
@@ -193,7 +195,7 @@ class Block {
 
   void write_shared(const void* address, size_t bytes, size_t alignment, const Site& site) {
     const size_t begin = shared_offset(address, bytes, alignment, site);
-    note(site, true, begin, bytes);
+    note(site, Space::shared, begin, bytes);
     for (size_t i = begin; i < begin + bytes; ++i) own(shadow_[i], site);
   }
 
@@ -204,6 +206,8 @@ class Block {
       check_global(from, bytes, 1, site);
       if (reinterpret_cast<uintptr_t>(from) % size != 0) fail("global address is odd", site);
     }
+    if (bytes == 0) note(site, Space::global, 0, 0);
+    note(site, Space::shared, begin, size);
     for (size_t i = begin; i < begin + size; ++i) {
       own(shadow_[i], site);
       shadow_[i].pending = true;
@@ -236,6 +240,7 @@ class Block {
   }
 
  private:
+  enum class Space { global, weight, shared };
   enum class State { ready, at_warp, at_barrier, done };
   static constexpr unsigned kNone = ~0u, kMany = ~0u - 1;
 
@@ -264,6 +269,8 @@ class Block {
   struct Access {
     uintptr_t address;
     size_t bytes;
+    Space space;
+    unsigned thread;
   };
 
   static std::vector<std::unique_ptr<char[]>>& stacks() {
@@ -383,10 +390,11 @@ class Block {
   }
 
   // Collects what the lanes of a warp do on one line, until the warp meets again.
-  void note(const Site& site, bool shared, uintptr_t address, size_t bytes) {
-    const unsigned key = site.line() * 2 + shared;
-    const unsigned visit = threads_[current_].visits[key]++;
-    accesses_[current_ / kWarp][{key, visit}].push_back({address, bytes});
+  void note(const Site& site, Space space, uintptr_t address, size_t bytes) {
+    const unsigned line = site.line() * 2 + (space == Space::shared);
+    const unsigned visit = threads_[current_].visits[line]++;
+    if (bytes == 0) return;  // a lane that a copy of zeros leaves out
+    accesses_[current_ / kWarp][{line, visit}].push_back({address, bytes, space, current_});
   }
 
   void account_all() {
@@ -395,7 +403,10 @@ class Block {
 
   void account(unsigned warp) {
     Counters& c = machine().counters;
-    for (const auto& [key, lanes] : accesses_[warp]) {
+    for (auto& [key, lanes] : accesses_[warp]) {
+      // The last lane to meet the others goes on first.
+      std::sort(lanes.begin(), lanes.end(),
+                [](const Access& a, const Access& b) { return a.thread < b.thread; });
       if (key.first % 2 == 0) {
         std::vector<uintptr_t> sectors;
         size_t bytes = 0;
@@ -409,8 +420,12 @@ class Block {
         sectors.erase(std::unique(sectors.begin(), sectors.end()), sectors.end());
         ++c.global_requests;
         c.global_sectors += static_cast<int64_t>(sectors.size());
-        c.global_ideal_sectors +=
-            std::min(static_cast<int64_t>(sectors.size()), static_cast<int64_t>((bytes + 31) / 32));
+        const auto ideal = static_cast<int64_t>(std::min(sectors.size(), (bytes + 31) / 32));
+        c.global_ideal_sectors += ideal;
+        if (lanes.front().space == Space::weight) {
+          c.weight_sectors += static_cast<int64_t>(sectors.size());
+          c.weight_ideal_sectors += ideal;
+        }
       } else {
         // 128 bytes a wavefront: so many lanes at once, each bank one word.
         const size_t lanes_at_once = 128 / std::max<size_t>(4, lanes.front().bytes);

@@ -17,6 +17,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CUDA = ROOT / "csrc" / "cuda"
+BLOCK_OUTPUTS = 128
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # No contraction: what must round on its own is written so for the GPU, too.
 FLAGS = ["-std=c++20", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
@@ -29,7 +30,7 @@ class SmallGemm(ctypes.Structure):
     """SmallGemm of csrc/cuda/kernels.h."""
 
     _fields_ = (
-        *(("x", P), ("x_stride", I64), ("x_dtype", INT), ("x_scale", P), ("x_groups", INT)),
+        *(("x", P), ("x_dtype", INT), ("x_scale", P), ("x_groups", INT)),
         *(("weight", P), ("scale", P), ("zero_point", P)),
         *(("groups", INT), ("bias", P), ("bias_dtype", INT), ("y", P), ("y_dtype", INT)),
         *(("M", INT), ("N", INT), ("K", INT), ("splits", INT), ("partial", P), ("arrivals", P)),
@@ -41,7 +42,7 @@ class QuantizeRows(ctypes.Structure):
 
     _fields_ = (
         *(("x", P), ("x_dtype", INT), ("M", INT), ("K", INT), ("group_size", INT)),
-        *(("codes", P), ("codes_stride", I64), ("scale", P)),
+        *(("codes", P), ("scale", P)),
     )
 
 
@@ -52,6 +53,7 @@ class Counters(ctypes.Structure):
         (name, I64)
         for name in (
             *("global_requests", "global_sectors", "global_ideal_sectors"),
+            *("weight_sectors", "weight_ideal_sectors"),
             *("shared_requests", "shared_wavefronts", "shared_ideal_wavefronts"),
             *("mma", "barriers"),
         )
@@ -130,28 +132,24 @@ def small_gemm(
     N: int,
     K: int,
     dtype: torch.dtype,
-    outputs: int,
     splits: int = 1,
     seed: int = 1,
     loaded: ctypes.CDLL | None = None,
 ) -> tuple[Tensor, Counters]:
-    """Return y [M, N] of a SmallGemm, whose fields are the tensors `memory` names.
-
-    Args:
-        outputs: of a block.
-    """
-    M = x.shape[0]
-    tokens = 8 if M <= 8 else 16 if M <= 16 else 32
-    blocks = -(-N // outputs) * -(-M // tokens)
+    """Return y [M, N] of a SmallGemm, whose fields are the tensors `memory` names."""
+    M, codes = x.shape[0], x.dtype == torch.int8
+    tokens = 8 if M <= 8 else 16 if M <= 16 else 32 if M <= 32 or not codes else 64
+    blocks = -(-N // BLOCK_OUTPUTS) * -(-M // tokens)
     y = torch.full((M, N), float("nan"), dtype=dtype)
     memory = {"x": x, "y": y, **memory}
     if splits > 1:
-        memory["partial"] = torch.full((blocks * splits * outputs * tokens,), -1, dtype=torch.int32)
+        memory["partial"] = torch.full(
+            (blocks * splits * BLOCK_OUTPUTS * tokens,), -1, dtype=torch.int32
+        )
         memory["arrivals"] = torch.zeros(blocks, dtype=torch.int32)
     scale, x_scale, bias = (memory.get(key) for key in ("scale", "x_scale", "bias"))
     g = SmallGemm(
         **{key: tensor.data_ptr() for key, tensor in memory.items()},
-        x_stride=x.shape[1],
         x_dtype=DTYPES.get(x.dtype, 0),
         y_dtype=DTYPES[dtype],
         bias_dtype=0 if bias is None else DTYPES[bias.dtype],
@@ -171,10 +169,10 @@ def small_gemm(
 
 
 def quantize(x: Tensor, group_size: int = 0) -> tuple[Tensor, Tensor]:
-    """Return codes [M, K filled up to 64s] and scales [M, groups] of the emulated kernel."""
+    """Return codes [M, K] and scales [M, groups] of the emulated kernel."""
     M, K = x.shape
     group = group_size or K
-    codes = torch.full((M, -(-K // 64) * 64), 77, dtype=torch.int8)
+    codes = torch.full((M, K), 77, dtype=torch.int8)
     scale = torch.full((M, K // group), 77.0)
     memory = {"x": x, "codes": codes, "scale": scale}
     q = QuantizeRows(
@@ -183,7 +181,6 @@ def quantize(x: Tensor, group_size: int = 0) -> tuple[Tensor, Tensor]:
         M=M,
         K=K,
         group_size=group,
-        codes_stride=codes.shape[1],
     )
     launch(library(), "run_quantize", ctypes.byref(q), memory=memory)
     return codes, scale
