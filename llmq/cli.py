@@ -47,6 +47,16 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--prune", type=float, metavar="RATE", help="share of weights to drop")
     compress.add_argument("--pattern", default="unstructured", help="what --prune keeps to")
     compress.add_argument("--skip", action="append", metavar="NAME", help='layers; "" for none')
+    bound = compress.add_mutually_exclusive_group()
+    bound.add_argument(
+        "--max-ppl-increase", metavar="SHARE", help="choose a format for each layer: 0.5%% or 0.005"
+    )
+    bound.add_argument("--max-kl", type=float, metavar="NATS", help="the same, bound by divergence")
+    compress.add_argument("--text", type=Path, metavar="FILE", help="to choose on; else Python's")
+    compress.add_argument("--tokens", type=int, default=8192, help="of that text, at most")
+    compress.add_argument(
+        "--resume", type=Path, metavar="FILE", help="keeps what choosing measures"
+    )
     compress.add_argument("--fine-tune", type=Path, metavar="FILE", help="text to recover on")
     compress.add_argument("--steps", type=int, default=60, help="of fine-tuning")
     compress.add_argument("--lr", type=float, help="peak learning rate of fine-tuning")
@@ -90,7 +100,11 @@ def _compress(args: argparse.Namespace) -> None:
     import llmq
     from llmq.integrations.models import open_model
 
-    if args.scheme is None and args.prune is None and args.fine_tune is None:
+    planned = args.max_ppl_increase is not None or args.max_kl is not None
+    if planned and (args.scheme is not None or args.prune is not None):
+        raise ValueError("a bound chooses the formats itself; leave out --scheme and --prune")
+    increase = None if args.max_ppl_increase is None else _share(args.max_ppl_increase)
+    if args.scheme is None and args.prune is None and args.fine_tune is None and not planned:
         args.scheme = "w8a8"
     model, tokenizer = open_model(args.model)
     skip = None if args.skip is None else tuple(name for name in args.skip if name)
@@ -103,7 +117,19 @@ def _compress(args: argparse.Namespace) -> None:
         teacher = copy.deepcopy(model)
     if args.prune is not None:
         llmq.prune(model, args.prune, pattern=args.pattern, skip=skip)
-    if args.scheme != "none":
+    if planned:
+        tokens = _tokens(args.text, tokenizer)[: args.tokens]
+        plan = llmq.plan(
+            model,
+            tokens,
+            max_kl=args.max_kl,
+            max_perplexity_increase=increase,
+            skip=skip,
+            resume=args.resume,
+        )
+        print(plan, file=sys.stderr)
+        plan.apply(model)
+    elif args.scheme != "none":
         llmq.quantize(model, args.bits, scheme=args.scheme, skip=skip)
     if teacher is not None:
         history = llmq.fine_tune(model, batches, steps=args.steps, lr=args.lr, teacher=teacher)
@@ -127,14 +153,28 @@ def _training_text(file: Path, tokenizer: Any, steps: int) -> list[Any]:
     return training_batches(tokens, recipe)
 
 
-def _tokens(file: Path, tokenizer: Any) -> Any:
+def _share(text: str) -> float:
+    number, percent = (text[:-1], True) if text.endswith("%") else (text, False)
+    try:
+        return float(number) / (100 if percent else 1)
+    except ValueError as error:
+        raise ValueError(f"--max-ppl-increase takes 0.5% or 0.005, got {text!r}") from error
+
+
+def _tokens(file: Path | None, tokenizer: Any) -> Any:
+    """Return the token ids of a file's text, of Python's documentation if there is none."""
     import torch
 
     if tokenizer is None:
         raise ValueError("the model's directory has no tokenizer; copy its tokenizer.json there")
-    if not file.is_file():
+    if file is None:
+        from pydoc_data.topics import topics
+
+        text = "\n".join(topics.values())
+    elif not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
-    text = file.read_text(encoding="utf-8")
+    else:
+        text = file.read_text(encoding="utf-8")
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 

@@ -1,7 +1,7 @@
 """The verb `plan`: measures which format each layer bears and what it gains, and chooses.
 
 Minimizes Σ cost(layer, format) with Σ KL(layer, format) under a budget (a multiple-choice knapsack,
-solved by its Lagrangian), where each KL is that of the whole model's output with that layer alone
+solved exactly), where each KL is that of the whole model's output with that layer alone
 compressed. Small changes add up nearly; how nearly is measured on the whole choice, the budget
 follows, and text that had no part in the choice decides.
 """
@@ -9,28 +9,26 @@ follows, and text that had no part in the choice decides.
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llmq.candidates import fits, make_layer, parse, seconds_a_call
+from llmq.candidates import parse
 from llmq.evaluate import WINDOW, batches_of
-from llmq.nn import CompressedLayer, QuantLinear, SparseLinear, linear_weight
+from llmq.nn import CompressedLayer, linear_weight
+from llmq.options import FLOAT, Measured, Minimize, Option, costs, measure, solve, unit_layers
 from llmq.prune import prune
 from llmq.quantize import quantize
-from llmq.sensitivity import Distance, Sensitivity, Unit
+from llmq.sensitivity import Distance, Sensitivity, Unit, distance
 from llmq.walk import Target, check_weight, find
 
-FLOAT = "float"  # left alone
 FORMATS = (
     "w8a8",
     "w8a8-g64",
@@ -40,28 +38,10 @@ FORMATS = (
     "w4a16-quantile-g32",
     "sparse 50 % w8a8",
 )
-Minimize = Literal["both", "time", "bytes"]
 _PROBE = 256  # tokens that single layers are measured on; every format of every layer runs them
 _FIT = 2048  # tokens that whole choices are measured on
 _ROUNDS = 8  # whole choices tried on those
 _MARGIN = 0.95  # of the bound, aimed at
-
-
-@dataclass(frozen=True)
-class Option:
-    """One format for one unit: what it costs and what it loses.
-
-    Args:
-        format: a scheme's name, `"sparse N % <scheme>"` or `"float"`.
-        kl: of the whole model's output with this unit alone in that format, in nats a token.
-        seconds: of one call of each of the unit's layers.
-        bytes: of the unit's layers in a checkpoint.
-    """
-
-    format: str
-    kl: float
-    seconds: float
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -91,7 +71,7 @@ class Plan:
     bound: tuple[str, float]
     measured: Distance | None
     tokens: int
-    tries: int = 0
+    tries: int
     skipped: list[str] = field(default_factory=list)
 
     @property
@@ -106,12 +86,12 @@ class Plan:
 
     @property
     def seconds_before(self) -> float:
-        """Seconds of one call of each layer as it is."""
+        """Seconds of the layers in one pass of the model, as they are."""
         return sum(choice.before.seconds for choice in self.choices)
 
     @property
     def seconds_after(self) -> float:
-        """Seconds of one call of each layer as chosen."""
+        """Seconds of the layers in one pass of the model, as chosen."""
         return sum(choice.option.seconds for choice in self.choices)
 
     def apply(self, model: nn.Module) -> nn.Module:
@@ -179,13 +159,16 @@ class Plan:
             f"{self.bytes_after / 1e6:.1f} MB "
             f"({self.bytes_after / max(self.bytes_before, 1):.3f}), "
             f"{1e6 * self.seconds_before:.0f} us -> {1e6 * self.seconds_after:.0f} us for "
-            f"{self.tokens} token{'s' if self.tokens > 1 else ''}"
+            f"{self.tokens} token{'s' if self.tokens > 1 else ''} through all of them"
         )
         if self.measured is not None:
-            loss = "" if self.measured.nll is None else f", nll +{self.measured.nll:.5f}"
+            found = self.measured
+            kl: Any = found.intervals.get("kl", found.kl)
+            rise: Any = found.intervals.get("nll", found.nll)
+            loss = "" if found.nll is None else f", nll {rise:+.5f}"
             lines.append(
-                f"held-out text: KL {self.measured.kl:.5f}{loss} over {self.measured.rows} tokens; "
-                f"bound: {kind} {limit:g}; {self.tries} choices tried"
+                f"held-out text: KL {kl:.5f}{loss} over {found.tokens} tokens; bound: {kind} "
+                f"{limit:g}; {self.tries} choices tried"
             )
         lines += [f"left alone: {name}" for name in self.skipped]
         return "\n".join(lines)
@@ -252,14 +235,19 @@ def plan(
     if device is not None:
         model.to(device)
     try:
-        units, options = _measure(model, probe, found.groups, tuple(formats), tokens, resume)
-        plan = _choose(model, units, options, fit, held, bound, minimize)
+        sensitivity = Sensitivity(model, probe)
+        units = sensitivity.units(found.groups)
+        kept = Measured(resume, model, probe, units)
+        options = measure(sensitivity, units, tuple(formats), tokens, kept)
+        del sensitivity  # holds the logits and every block's output
+        choice, measured, tries = _choose(model, units, options, fit, held, bound, minimize)
     finally:
         if device is not None:
             model.to(home)
-    plan.tokens = tokens
-    plan.skipped = sorted({f"{name}: {why}" for name, why in found.reasons.items()})
-    return plan
+    cost = costs(options, minimize)
+    choices = [_reason(*parts) for parts in zip(units, options, cost, choice, strict=True)]
+    skipped = sorted(f"{name}: {why}" for name, why in found.reasons.items())
+    return Plan(choices, bound, measured, tokens, tries, skipped)
 
 
 def _bound(max_kl: float | None, max_perplexity_increase: float | None) -> tuple[str, float]:
@@ -279,8 +267,8 @@ def _check(target: Target) -> None:
     check_weight(target.name, linear_weight(target.module)[0])
 
 
-def _split(data: Any) -> tuple[list[Any], list[Any], list[Any]]:
-    """Return batches to measure single layers on, whole choices on, and to check the outcome on."""
+def _split(data: Any) -> tuple[Any, list[Any], list[Any]]:
+    """Return what to measure single layers on, whole choices on, and to check the outcome on."""
     batches = list(batches_of(data))
     if len(batches) < 2:
         raise ValueError(
@@ -289,7 +277,7 @@ def _split(data: Any) -> tuple[list[Any], list[Any], list[Any]]:
         )
     half = (len(batches) + 1) // 2
     fit, held = batches[:half], batches[half:]
-    probe = [fit[0][:, :_PROBE]] if isinstance(fit[0], Tensor) else fit[:1]
+    probe = fit[0][:, :_PROBE] if isinstance(fit[0], Tensor) else fit[0]
     taken: list[Any] = []
     rows = 0
     for batch in fit:
@@ -297,106 +285,6 @@ def _split(data: Any) -> tuple[list[Any], list[Any], list[Any]]:
             taken.append(batch)
             rows += batch.numel() if isinstance(batch, Tensor) else 1
     return probe, taken, held
-
-
-def _measure(
-    model: nn.Module,
-    probe: list[Any],
-    groups: list[Any],
-    formats: tuple[str, ...],
-    tokens: int,
-    resume: str | os.PathLike[str] | None,
-) -> tuple[list[Unit], list[list[Option]]]:
-    """Return the units and, for each, its options; the first is to leave it alone."""
-    sensitivity = Sensitivity(model, probe)
-    units = sensitivity.units(groups)
-    kept = _Measured(resume, model, probe, units)
-    device = next(model.parameters()).device
-    options: list[list[Option]] = []
-    with tqdm(units, desc="plan", unit="unit", delay=1, leave=False) as progress:
-        for unit in progress:
-            shapes = [linear_weight(t.module)[0].shape for t in unit.distinct()]
-            dtype = linear_weight(unit.targets[0].module)[0].dtype
-            fitting = tuple(f for f in formats if all(fits(f, *shape) for shape in shapes))
-            times: dict[str, float] = dict.fromkeys((FLOAT, *fitting), 0.0)
-            for target in unit.targets:
-                N, K = linear_weight(target.module)[0].shape
-                for name, seconds in seconds_a_call(N, K, fitting, tokens, dtype, device).items():
-                    times[name] += seconds
-            size = sum(_float_bytes(t.module) for t in unit.distinct())
-            row = [Option(FLOAT, 0.0, times[FLOAT], size)]
-            for name in fitting if unit.reached else ():
-                layers, after = _layers(unit, name)
-                kl = kept.get(unit, name)
-                if kl is None:
-                    kl = sensitivity.distance(layers, list(unit.targets)).kl
-                    kept.put(unit, name, kl)
-                row.append(Option(name, max(kl, 0.0), times[name], after))
-            options.append(row)
-    return units, options
-
-
-def _layers(unit: Unit, name: str) -> tuple[dict[str, nn.Module], int]:
-    """Return the unit's layers in format `name`, by target, and their bytes."""
-    made: dict[int, QuantLinear | SparseLinear] = {}
-    layers: dict[str, nn.Module] = {}
-    for target in unit.targets:
-        key = id(target.module._parameters["weight"])
-        if key not in made:
-            layer = make_layer(target.module, name)
-            assert isinstance(layer, (QuantLinear, SparseLinear))
-            made[key] = layer
-        layers[target.name] = made[key]
-    return layers, sum(layer.bytes() for layer in made.values())
-
-
-def _float_bytes(module: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in linear_weight(module) if t is not None)
-
-
-def solve(options: list[list[Option]], costs: list[list[float]], budget: float) -> list[int]:
-    """Choose one option a unit, of least Σ cost with Σ KL within `budget`.
-
-    By the Lagrangian cost + λ · KL (Everett, Operations Research 11, 1963), whose λ is bisected;
-    what is left of the budget then goes to the changes that save the most for it. Every first
-    option has KL 0, so there is always a choice.
-    """
-
-    def best(multiplier: float) -> list[int]:
-        choice = []
-        for row, cost in zip(options, costs, strict=True):
-            total = [c + multiplier * option.kl for c, option in zip(cost, row, strict=True)]
-            choice.append(total.index(min(total)))
-        return choice
-
-    def spent(choice: list[int]) -> float:
-        return sum(row[i].kl for row, i in zip(options, choice, strict=True))
-
-    choice = best(0.0)
-    if spent(choice) <= budget:
-        return choice
-    low, high = 0.0, 1.0
-    while spent(best(high)) > budget:
-        low, high = high, high * 4
-        if high > 1e30:
-            return [0] * len(options)
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if spent(best(middle)) <= budget else (middle, high)
-    choice = best(high)
-    left = budget - spent(choice)
-    while True:
-        gains = [
-            ((cost[at] - cost[i]) / max(row[i].kl - row[at].kl, 1e-30), u, i)
-            for u, (row, cost, at) in enumerate(zip(options, costs, choice, strict=True))
-            for i in range(len(row))
-            if cost[i] < cost[at] and row[i].kl - row[at].kl <= left
-        ]
-        if not gains:
-            return choice
-        _, u, i = max(gains)
-        left -= options[u][i].kl - options[u][choice[u]].kl
-        choice[u] = i
 
 
 def _choose(
@@ -407,84 +295,79 @@ def _choose(
     held: list[Any],
     bound: tuple[str, float],
     minimize: Minimize,
-) -> Plan:
-    """Find the largest budget whose choice keeps within the bound as a whole, and check it."""
+) -> tuple[list[int], Distance | None, int]:
+    """Return the choice of the largest budget that keeps the bound as a whole, and its check."""
     kind, given = bound
     limit = given if kind == "KL" else math.log1p(given)
-    costs = _costs(options, minimize)
-    seen: dict[tuple[int, ...], float] = {}
-    sensitivity = Sensitivity(model, fit)
+    cost = costs(options, minimize)
+    tries = 0
 
-    def loss(distance: Distance) -> float:
-        if kind == "KL":
-            return distance.kl
-        if distance.nll is None:
-            raise ValueError("a bound on perplexity needs labels; give max_kl, or data with labels")
-        return distance.nll
-
-    def whole(choice: list[int], on: Sensitivity) -> Distance:
+    def whole(choice: list[int], batches: list[Any]) -> Distance:
+        nonlocal tries
+        tries += 1
         layers: dict[str, nn.Module] = {}
         targets: list[Target] = []
         for unit, row, i in zip(units, options, choice, strict=True):
             if i:
-                layers.update(_layers(unit, row[i].format)[0])
+                layers.update(unit_layers(unit, row[i].format))
                 targets += unit.targets
-        return on.distance(layers, targets)
+        return distance(model, batches, layers, targets)
 
-    budget, low, high = _MARGIN * limit, 0.0, math.inf
-    accepted: list[int] | None = None
+    def loss(found: Distance) -> float:
+        if kind == "KL":
+            return found.kl
+        if found.nll is None:
+            raise ValueError("a bound on perplexity needs labels; give max_kl, or data with labels")
+        return found.nll
+
+    budget = _largest(options, cost, _MARGIN * limit, lambda choice: loss(whole(choice, fit)))
+    choice = solve(options, cost, budget)
+    while any(choice):
+        measured = whole(choice, held)
+        if loss(measured) <= limit:
+            return choice, measured, tries
+        # Held-out text is harder: back off by as much as it is past the bound, and a little more.
+        failed = choice
+        budget = min(budget, _spent(options, choice)) * 0.9 * limit / loss(measured)
+        while any(choice) and choice == failed:
+            choice, budget = solve(options, cost, budget), 0.9 * budget
+    return choice, None, tries
+
+
+def _largest(
+    options: list[list[Option]],
+    cost: list[list[float]],
+    limit: float,
+    loss: Callable[[list[int]], float],
+) -> float:
+    """Return a budget for Σ KL whose choice loses nearly `limit` as a whole, and not more."""
+    cheapest = solve(options, cost, math.inf)
+    low, high, budget = 0.0, math.inf, limit
     with tqdm(total=_ROUNDS, desc="plan: whole", unit="choice", delay=1, leave=False) as progress:
         for _ in range(_ROUNDS):
-            choice = solve(options, costs, budget)
-            key = tuple(choice)
+            choice = solve(options, cost, budget)
             if not any(choice):
                 break
-            if key not in seen:
-                seen[key] = loss(whole(choice, sensitivity))
-                progress.update()
-            if seen[key] <= _MARGIN * limit:
-                accepted, low = choice, budget
-                if seen[key] > 0.9 * _MARGIN * limit or choice == solve(options, costs, math.inf):
+            found = loss(choice)
+            progress.update()
+            if found <= limit:
+                low = budget
+                if choice == cheapest or found > 0.9 * limit:
                     break
             else:
                 high = budget
-            ratio = _MARGIN * limit / max(seen[key], 1e-12)
-            budget = min(max(budget * min(ratio, 2.0), 1.02 * low), 0.98 * high)
-            if not low < budget < high:
-                budget = (low + min(high, 2 * low)) / 2 if low else high / 2
-    choice = accepted or [0] * len(units)
-    check = Sensitivity(model, held)
-    tries = len(seen)
-    measured: Distance | None = None
-    budget = low
-    while any(choice):
-        measured = whole(choice, check)
-        tries += 1
-        if loss(measured) <= limit:
-            break
-        # Held-out text is harder: back off by as much as it is past the bound, and a little more.
-        budget *= 0.9 * min(1.0, limit / loss(measured))
-        choice = solve(options, costs, budget)
-        measured = None
-    choices = [
-        _reason(unit, row, cost, i)
-        for unit, row, cost, i in zip(units, options, costs, choice, strict=True)
-    ]
-    return Plan(choices, bound, measured, tokens=1, tries=tries)
+            budget *= min(limit / max(found, 1e-12), 4.0)
+            if not 1.02 * low < budget < 0.98 * high:
+                budget = (low + high) / 2 if high < math.inf else 2 * low
+    return low
 
 
-def _costs(options: list[list[Option]], minimize: Minimize) -> list[list[float]]:
-    seconds = max(sum(row[0].seconds for row in options), 1e-30)
-    size = max(sum(row[0].bytes for row in options), 1)
-    by_time, by_size = minimize != "bytes", minimize != "time"
-    return [
-        [by_time * option.seconds / seconds + by_size * option.bytes / size for option in row]
-        for row in options
-    ]
+def _spent(options: list[list[Option]], choice: list[int]) -> float:
+    return sum(row[i].kl for row, i in zip(options, choice, strict=True))
 
 
 def _reason(unit: Unit, row: list[Option], cost: list[float], i: int) -> Choice:
-    if not unit.reached:
+    if not unit.calls:
         reason = "the data does not reach it"
     elif len(row) == 1:
         reason = "no format fits its shape"
@@ -495,48 +378,3 @@ def _reason(unit: Unit, row: list[Option], cost: list[float], i: int) -> Choice:
         reason = f"{row[cheaper].format} would lose {row[cheaper].kl:.5f}"
     names = tuple(target.name for target in unit.targets)
     return Choice(names, unit.name, row[0], row[i], reason)
-
-
-class _Measured:
-    """KL by unit and format, in a file that an interrupted plan goes on from."""
-
-    def __init__(
-        self,
-        file: str | os.PathLike[str] | None,
-        model: nn.Module,
-        probe: list[Any],
-        units: list[Unit],
-    ) -> None:
-        self.file = None if file is None else Path(file)
-        self.values: dict[str, float] = {}
-        if self.file is None:
-            return
-        digest = hashlib.sha256()
-        for name, parameter in model.named_parameters():
-            digest.update(
-                f"{name} {list(parameter.shape)} {float(parameter.double().sum())}".encode()
-            )
-        digest.update(repr(probe).encode())
-        digest.update(" ".join(unit.name for unit in units).encode())
-        self.key = digest.hexdigest()
-        if self.file.exists():
-            try:
-                kept = json.loads(self.file.read_text())
-                key, self.values = kept["key"], kept["kl"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.file} holds no measurements of a plan") from error
-            if key != self.key:
-                raise ValueError(
-                    f"{self.file} was measured for another model or other data; delete it or name "
-                    f"another file"
-                )
-
-    def get(self, unit: Unit, name: str) -> float | None:
-        return self.values.get(f"{unit.name} {name}")
-
-    def put(self, unit: Unit, name: str, kl: float) -> None:
-        self.values[f"{unit.name} {name}"] = kl
-        if self.file is not None:
-            partial = self.file.with_suffix(".partial")
-            partial.write_text(json.dumps({"key": self.key, "kl": self.values}))
-            os.replace(partial, self.file)

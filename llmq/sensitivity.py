@@ -8,17 +8,20 @@ cannot have changed, are kept from the first run.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmq import intervals
 from llmq.blocks import blocks, constant, running
-from llmq.compare import divergence
-from llmq.evaluate import aligned, inference, logits_of, unpack
+from llmq.compare import divergences
+from llmq.evaluate import aligned, by_row, counted, inference, logits_of, progress, unpack
+from llmq.intervals import Interval
 from llmq.walk import Target
 
 _ROWS = 1024  # rows of logits that one log-softmax takes
@@ -29,7 +32,7 @@ class Unit:
     """Linear layers that get one format: they share an input or a weight."""
 
     targets: tuple[Target, ...]
-    reached: bool  # whether the data came through
+    calls: int  # of each in a pass of the model; 0 where the data does not come through
 
     @property
     def name(self) -> str:
@@ -51,50 +54,44 @@ class Unit:
 
 @dataclass(frozen=True)
 class Distance:
-    """Between the outputs of the original and of a changed model, a mean over `rows`.
+    """Between the outputs of the original and of a changed model.
 
     Args:
         kl: KL(original ‖ changed) in nats a token.
         nll: by how much the negative log-likelihood of the labels rose, in nats; None if there
             are no labels.
-        rows: compared.
+        tokens: compared.
+        intervals: of 95 % of `"kl"` and `"nll"`; none if the data is one row.
     """
 
     kl: float
     nll: float | None
-    rows: int
+    tokens: int
+    intervals: dict[str, Interval]
 
 
 class Sensitivity:
-    """Compares outputs of `model`, with some layers replaced, with those it had before.
+    """Compares what `model` gives on one batch with some layers replaced with what it gave before.
 
     Args:
         model: that gives logits.
-        batches: as `evaluate.unpack` takes them; the original's logits on them are kept, one
-            float32 a row and vocabulary entry, and the output of each block.
+        batch: as `evaluate.unpack` takes it; the original's log-probabilities are kept, one
+            float32 a token and vocabulary entry, and the output of each block.
 
     Raises:
         ValueError: if the model gives no logits.
     """
 
-    def __init__(self, model: nn.Module, batches: list[Any]) -> None:
+    def __init__(self, model: nn.Module, batch: Any) -> None:
         self.model = model
-        self.batches = batches
-        takes = inspect.signature(model.forward).parameters
-        self._without_cache = {"use_cache": False} if "use_cache" in takes else {}
+        self.batch = batch
         self._blocks = blocks(model)
         self._order: dict[str, int] = {}
-        self._kept: list[dict[str, Any]] = []  # by batch, each block's output
-        self._logits: list[Tensor] = []
-        self._nll: list[float | None] = []
-        with inference(model):
-            for batch in batches:
-                kept: dict[str, Any] = {}
-                with _watched(self._blocks, kept, self._order):
-                    logits, nll = self._run(batch)
-                self._kept.append(kept)
-                self._logits.append(logits)
-                self._nll.append(nll)
+        self._kept: dict[str, Any] = {}  # each block's output
+        with inference(model), _watched(self._blocks, self._kept, self._order):
+            logits = _run(model, batch)[0]
+            # In place of the logits: each comparison needs it, and takes twice as long without.
+            self._log = torch.cat([part.float().log_softmax(-1) for part in logits.split(_ROWS)])
 
     def units(self, groups: list[list[Target]]) -> list[Unit]:
         """Gather the targets that share an input, in the order in which they run."""
@@ -104,73 +101,100 @@ class Sensitivity:
             for group in groups:
                 for target in group:
                     stack.enter_context(_noted(target, calls))
-            self._run(self.batches[0])
+            _run(self.model, self.batch)
         units: list[list[Target]] = []
         placed: dict[str, list[Target]] = {}
-        previous: Tensor | None = None
+        # Within a block only: all decoder layers read an encoder's output, and need not be alike.
+        by_input: dict[tuple[int, str | None], list[Target]] = {}
         for name, x in calls:
-            if name not in placed:
-                if previous is None or x is not previous:
-                    units.append([])
-                for target in named[name]:
-                    placed[target.name] = units[-1]
-                    units[-1].append(target)
-            previous = x
+            if name in placed:
+                continue
+            unit = by_input.setdefault((id(x), self._block_of(name)), [])
+            if not unit:
+                units.append(unit)
+            for target in named[name]:
+                placed[target.name] = unit
+                unit.append(target)
         rest = [group for group in groups if group[0].name not in placed]
+        times = [name for name, _ in calls]
         return [
-            *(Unit(tuple(targets), reached=True) for targets in units if targets),
-            *(Unit(tuple(group), reached=False) for group in rest),
+            *(Unit(tuple(targets), times.count(targets[0].name)) for targets in units),
+            *(Unit(tuple(group), 0) for group in rest),
         ]
 
-    def distance(self, replaced: dict[str, nn.Module], targets: list[Target]) -> Distance:
-        """Compare with `targets` replaced by the layers of their names, and put them back."""
-        kl, nll, rows, labelled = 0.0, 0.0, 0, True
-        with _replaced(replaced, targets), inference(self.model):
-            for i, batch in enumerate(self.batches):
-                with self._replayed(i, targets):
-                    logits, loss = self._run(batch)
-                kl += divergence(self._logits[i], logits)[0]
-                rows += logits.shape[0]
-                before = self._nll[i]
-                if loss is None or before is None:
-                    labelled = False
-                else:
-                    nll += (loss - before) * logits.shape[0]
-        return Distance(kl / rows, nll / rows if labelled else None, rows)
-
-    def _run(self, batch: Any) -> tuple[Tensor, float | None]:
-        """Return logits [rows, vocabulary], and the mean loss where there are labels."""
-        args, kwargs, labels = unpack(batch, next(self.model.parameters()).device)
-        output = self.model(*args, **{**kwargs, **self._without_cache})
-        logits = logits_of(output)
-        if logits is None:
-            raise ValueError(
-                f"{type(self.model).__name__} gives no logits; plan needs a model with a head"
-            )
-        if labels is None:
-            return logits.reshape(-1, logits.shape[-1]), None
-        logits, labels = aligned(self.model, output, labels)
-        flat, wanted = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-        counted = wanted != -100
-        flat, wanted = flat[counted], wanted[counted]
-        loss = sum(
-            float(F.cross_entropy(part.float(), right, reduction="sum"))
-            for part, right in zip(flat.split(_ROWS), wanted.split(_ROWS), strict=True)
-        )
-        return flat, loss / max(len(wanted), 1)
+    def kl(self, replaced: dict[str, nn.Module], targets: Sequence[Target]) -> float:
+        """Return the mean KL with `targets` replaced by the layers of their names."""
+        with _replaced(replaced, targets), inference(self.model), self._replayed(targets):
+            logits = _run(self.model, self.batch)[0]
+        total = 0.0
+        for before, after in zip(self._log.split(_ROWS), logits.split(_ROWS), strict=True):
+            log = after.float().log_softmax(-1)
+            total += float(F.kl_div(log, before, log_target=True, reduction="sum"))
+        return total / logits.shape[0]
 
     @contextmanager
-    def _replayed(self, batch: int, targets: list[Target]) -> Iterator[None]:
+    def _replayed(self, targets: Sequence[Target]) -> Iterator[None]:
         """Let blocks that come before all of `targets` give what they gave before."""
         first = min(self._order.get(self._block_of(t.name) or "", -1) for t in targets)
         with ExitStack() as stack:
             for name, block in self._blocks.items():
                 if self._order.get(name, first) < first:
-                    stack.enter_context(running(block, constant(self._kept[batch][name])))
+                    stack.enter_context(running(block, constant(self._kept[name])))
             yield
 
     def _block_of(self, name: str) -> str | None:
         return next((block for block in self._blocks if name.startswith(f"{block}.")), None)
+
+
+def distance(
+    model: nn.Module,
+    batches: list[Any],
+    replaced: dict[str, nn.Module],
+    targets: Sequence[Target],
+) -> Distance:
+    """Compare a model with itself with `targets` replaced, batch by batch; none is kept."""
+    kl: list[float] = []
+    counts: list[float] = []
+    nll: tuple[list[float], list[float]] = ([], [])
+    with inference(model):
+        for batch in progress(batches, "plan: check"):
+            before, loss, rows = _run(model, batch)
+            with _replaced(replaced, targets):
+                after, changed, _ = _run(model, batch)
+            found = divergences(before, after)[0]
+            kl += by_row(found, rows)
+            counts += by_row(torch.ones_like(found), rows)
+            if loss is not None and changed is not None:
+                nll[0].extend(by_row(loss, rows))
+                nll[1].extend(by_row(changed, rows))
+    total = sum(counts)
+    labelled = len(nll[0]) == len(kl)
+    found_intervals = {}
+    if len(kl) > 1:
+        found_intervals["kl"] = intervals.mean(kl, counts)
+        if labelled:
+            found_intervals["nll"] = intervals.difference(*nll, counts)
+    rise = (sum(nll[1]) - sum(nll[0])) / total if labelled else None
+    return Distance(sum(kl) / total, rise, int(total), found_intervals)
+
+
+def _run(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return logits [tokens, vocabulary], the loss of each where there are labels, and its row."""
+    args, kwargs, labels = unpack(batch, next(model.parameters()).device)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        kwargs["use_cache"] = False
+    output = model(*args, **kwargs)
+    logits = logits_of(output)
+    if logits is None:
+        raise ValueError(f"{type(model).__name__} gives no logits; plan needs a model with a head")
+    if labels is None:
+        flat = logits.reshape(-1, logits.shape[-1])
+        rows = torch.arange(flat.shape[0], device=flat.device)
+        return flat, None, rows // max(flat.shape[0] // logits.shape[0], 1)
+    flat, wanted, rows = counted(*aligned(model, output, labels))
+    parts = zip(flat.split(_ROWS), wanted.split(_ROWS), strict=True)
+    loss = [F.cross_entropy(part.float(), right, reduction="none") for part, right in parts]
+    return flat, torch.cat(loss), rows
 
 
 @contextmanager
@@ -201,7 +225,8 @@ def _watched(
 @contextmanager
 def _noted(target: Target, calls: list[tuple[str, Tensor]]) -> Iterator[None]:
     handle = target.module.register_forward_pre_hook(
-        lambda _module, args: calls.append((target.name, args[0]))
+        lambda _module, args, kwargs: calls.append((target.name, (*args, *kwargs.values())[0])),
+        with_kwargs=True,
     )
     try:
         yield
@@ -210,7 +235,7 @@ def _noted(target: Target, calls: list[tuple[str, Tensor]]) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(layers: dict[str, nn.Module], targets: list[Target]) -> Iterator[None]:
+def _replaced(layers: dict[str, nn.Module], targets: Sequence[Target]) -> Iterator[None]:
     try:
         for target in targets:
             for parent, attribute in target.places:

@@ -111,6 +111,23 @@ def test_compress_prunes_and_fine_tunes(capsys, original, text, tmp_path):
     assert run(capsys, "eval", out, "--text", text)[0] == 0
 
 
+def test_compress_within_a_bound_on_perplexity(capsys, original, text, tmp_path):
+    out, kept = tmp_path / "planned", tmp_path / "plan.json"
+    bound = ("--max-ppl-increase", "0.5%", "--text", text, "--tokens", 1200, "--resume", kept)
+    status, table, errors = run(capsys, "compress", original, "-o", out, *bound)
+    assert status == 0 and "untouched" in table
+    assert "held-out text: KL" in errors and "bound: perplexity 0.005" in errors
+    assert json.loads(kept.read_text())["kl"]
+    status, output, _ = run(capsys, "eval", out, "--text", text, "--baseline", original)
+    assert status == 0 and "be told from no difference" in output
+
+
+def test_a_bound_takes_the_documentation_of_python(capsys, original, tmp_path):
+    bound = ("--max-kl", "1e-3", "--tokens", 1100, "--json")
+    status, output, _ = run(capsys, "compress", original, "-o", tmp_path / "planned", *bound)
+    assert status == 0 and json.loads(output)["layers"]
+
+
 def test_an_empty_skip_compresses_the_embeddings_too(capsys, original, tmp_path):
     command = ("compress", original, "-o", tmp_path / "all", "--skip", "", "--json")
     status, output, _ = run(capsys, *command)
@@ -127,12 +144,17 @@ def test_an_empty_skip_compresses_the_embeddings_too(capsys, original, tmp_path)
         (("--bits", "5"), "bits must be 8 or 4, got 5"),
         (("--fine-tune", "absent.txt"), "absent.txt does not exist"),
         (("--scheme", "w4a16-g128"), "does not divide its 64 inputs"),
+        (("--scheme", "w8a8", "--max-kl", "0.1"), "leave out --scheme and --prune"),
+        (("--max-ppl-increase", "little"), "takes 0.5% or 0.005, got 'little'"),
+        (("--max-kl", "-1"), "max_kl must be a positive number, got -1.0"),
+        (("--max-kl", "1", "--text", "absent.txt"), "absent.txt does not exist"),
     ],
     ids=lambda a: "_".join(a) if isinstance(a, tuple) else "",
 )
 def test_bad_arguments_of_compress(capsys, original, tmp_path, arguments, message):
     out = tmp_path / "out"
-    prune_only = [] if "--scheme" in arguments or "--prune" in arguments else ["--prune", "0"]
+    decides = {"--scheme", "--prune", "--max-kl", "--max-ppl-increase"}
+    prune_only = [] if decides & {*arguments} else ["--prune", "0"]
     status, output, errors = run(capsys, "compress", original, "-o", out, *arguments, *prune_only)
     assert status == 1 and output == ""
     assert message in errors and errors.strip().count("\n") == 0
