@@ -34,7 +34,7 @@ ORDER = (
     ("candidates",),
     (
         *("checkpoint", "compare", "doctor", "evaluate", "fine_tune", "plan", "prune", "quantize"),
-        *("options", "sensitivity"),
+        *("losses", "options", "sensitivity", "training"),
     ),
     ("bench", "demo", "integrations.models"),  # what the commands are made of
     ("cli",),
