@@ -32,6 +32,9 @@ NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The module of `llmq_kernels` whose function bears the op's name and takes its arguments.
 TRITON_MODULES = {
     "quantize_activation": "quantize_rows",
+    "int8_linear": "int8_gemm",
+    "weight_only_linear": "weight_only_gemm",
+    "codebook_linear": "codebook_gemm",
 }
 
 # op → rows of (tokens up to this many, kinds of kernel, best first); the first that is there and
@@ -143,6 +146,8 @@ def _refusal(kind: str, op: str, index: int | None, dtype: torch.dtype, form: Fo
         return f"{' and '.join(missing)} not installed"
     if op not in TRITON_MODULES:
         return f"no kernel for {op}"
+    if form.bits == 4 and form.group % 2:
+        return f"groups of {form.group} share bytes of 4-bit weights"
     found = capability(index)
     if found < LEAST_CAPABILITY and not interpreted():
         wanted = "compute capability {}.{}".format(*LEAST_CAPABILITY)
