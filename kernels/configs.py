@@ -124,6 +124,15 @@ _TILES: dict[str, dict[int, tuple[tuple[int, int, Config], ...]]] = {
         ),
     },
 }
+_TILES["block_sparse_gemm"] = {
+    80: ((1, 16, Config(16, 64, 128, 4, 4)), (17, _MANY, Config(128, 128, 64, 8, 3))),
+    90: ((1, 16, Config(16, 64, 128, 4, 4)), (17, _MANY, Config(128, 128, 128, 8, 3))),
+    100: ((1, 16, Config(16, 64, 128, 4, 4)), (17, _MANY, Config(128, 128, 128, 8, 3))),
+}
+_TILES["bitmap_gemm"] = {
+    column: ((1, 16, Config(16, 32, 128, 4, 2)), (17, _MANY, Config(64, 64, 64, 4, 2)))
+    for column in (80, 90, 100)
+}
 for _family in ("grouped_int8_gemm", "weight_only_gemm"):
     _TILES[_family][100] = _TILES[_family][90]
 LEAST_K = 32  # of a tile: what one int8 instruction takes
@@ -143,6 +152,21 @@ def within_group(config: Config, group: int) -> Config:
     if divisor < LEAST_K:  # masked steps
         divisor = 1 << max(group - 1, LEAST_K - 1).bit_length()
     return replace(config, BLOCK_K=min(config.BLOCK_K, divisor))
+
+
+def within_block(config: Config, R: int, C: int, group: int) -> Config:
+    """Return the config with a tile inside an R × C block, and BLOCK_K inside a group where it can.
+
+    The tile holds 16 rows and 32 inputs at least, part of them masked in smaller blocks.
+    """
+    BLOCK_N = min(config.BLOCK_N, 1 << max(R - 1, 15).bit_length())
+    divisor = C & -C  # the largest power of two that divides it
+    if divisor < LEAST_K:  # masked steps
+        divisor = 1 << max(C - 1, LEAST_K - 1).bit_length()
+    BLOCK_K = min(config.BLOCK_K, divisor)
+    while group % BLOCK_K and BLOCK_K > LEAST_K:
+        BLOCK_K //= 2
+    return replace(config, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K)
 
 
 def heuristic(

@@ -27,8 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from llmq_kernels.configs import Config, choose
-from llmq_kernels.quantize_rows import quantize_activation
-from llmq_kernels.tiles import add_splits, finish, parts_of, rows, store, tile_of
+from llmq_kernels.quantize_rows import quantize_activation, rows_of
+from llmq_kernels.tiles import add_splits, finish, parts_of, store, tile_of
 
 
 @triton.jit
@@ -235,7 +235,7 @@ def coded_linear(
     activation_group_size: int,
 ) -> Tensor:
     """Return y [..., N] of x [..., K], quantized first."""
-    codes, x_scale = quantize_activation(rows(x), activation_group_size)
+    codes, x_scale = quantize_activation(rows_of(x), activation_group_size)
     weight = weight.contiguous()
     operands = (codes, x_scale, weight, weight_scale)
     if bits == 8 and zero_point is None and x_scale.shape[1] == weight_scale.shape[1] == 1:

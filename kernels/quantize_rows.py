@@ -125,27 +125,31 @@ def _rms_norm_quantize(
     tl.store(scale_ptr + row * G + group, _scale(amax), mask=group < G)
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """Return x [..., K] as [M, K] whose inputs are adjacent; a view where it is one."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
 def quantize_activation(
     x: Tensor, group_size: int = 0, config: RowsConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return int8 codes of x [..., K] and float32 scales [..., K / group_size or 1]."""
     K = x.shape[-1]
     size = group_size or K
-    rows_of = x.reshape(-1, K)
-    if rows_of.stride(1) != 1:
-        rows_of = rows_of.contiguous()
+    flat = rows_of(x)
     G = K // size
-    rows = rows_of.shape[0] * G
+    rows = flat.shape[0] * G
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(*x.shape[:-1], G, dtype=torch.float32, device=x.device)
     config = config or rows_config(size)
     _quantize_rows[(triton.cdiv(rows, config.ROWS),)](
-        rows_of,
+        flat,
         codes,
         scale,
         rows,
         size,
-        rows_of.stride(0),
+        flat.stride(0),
         G,
         ROWS=config.ROWS,
         BLOCK=config.BLOCK,
@@ -153,6 +157,21 @@ def quantize_activation(
         num_warps=config.num_warps,
         enable_fp_fusion=False,  # a fused multiply-add would round once where two are due
     )
+    return codes, scale
+
+
+def inputs(x: Tensor, group_size: int | None, one_group: bool) -> tuple[Tensor, Tensor | None]:
+    """Return x [M, K] as a sparse GEMM reads it, and the scales of codes.
+
+    Floating point where `group_size` is None; and also, decoded again, where a step of the GEMM
+    does not stay within `one_group`: two scales do not come out of one sum.
+    """
+    flat = rows_of(x)
+    if group_size is None:
+        return flat, None
+    codes, scale = quantize_activation(flat, group_size)
+    if scale.shape[1] > 1 and not one_group:
+        return (codes.unflatten(1, (-1, group_size)) * scale[..., None]).flatten(1), None
     return codes, scale
 
 

@@ -84,12 +84,6 @@ def add_splits(
     )
 
 
-def rows(x: Tensor) -> Tensor:
-    """Return x [..., K] as [M, K] whose inputs are adjacent; a view where it is one."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(1) == 1 else flat.contiguous()
-
-
 def parts_of(y: Tensor, splits: int, dtype: torch.dtype) -> Tensor:
     """Return where programs write: y itself, or memory for the parts of each split."""
     return y if splits == 1 else torch.empty(splits, *y.shape, dtype=dtype, device=y.device)

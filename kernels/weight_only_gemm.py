@@ -25,7 +25,8 @@ from torch import Tensor
 
 from llmq_kernels.configs import INTERPRETED, Config, choose
 from llmq_kernels.int8_gemm import coded_linear
-from llmq_kernels.tiles import add_splits, finish, parts_of, rows, store, tile_of
+from llmq_kernels.quantize_rows import rows_of
+from llmq_kernels.tiles import add_splits, finish, parts_of, store, tile_of
 
 
 @triton.jit
@@ -154,7 +155,7 @@ def float_gemm(
     config: Config | None = None,
 ) -> Tensor:
     """Return y [..., N] of x [..., K], the weight decoded uniformly or by a codebook."""
-    flat, weight = rows(x), weight.contiguous()
+    flat, weight = rows_of(x), weight.contiguous()
     (M, K), (N, G) = flat.shape, weight_scale.shape
     group = K // G
     config = config or choose("weight_only_gemm", M, N, K, x.device, group if G > 1 else 0)

@@ -35,6 +35,9 @@ TRITON_MODULES = {
     "int8_linear": "int8_gemm",
     "weight_only_linear": "weight_only_gemm",
     "codebook_linear": "codebook_gemm",
+    "bitmap_sparse_linear": "bitmap_gemm",
+    "semi_structured_linear": "bitmap_gemm",
+    "block_sparse_linear": "block_sparse_gemm",
 }
 
 # op → rows of (tokens up to this many, kinds of kernel, best first); the first that is there and

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmq import dispatch, gpu
+from llmq import dispatch, gpu, ops
 from llmq.dispatch import Format
 from llmq.formats import activation
-from tests.helpers import assert_equal, run_python
+from llmq.nn import QuantLinear
+from tests.helpers import assert_equal, assert_within, generator, run_python
+from tests.test_ops import BIAS_AT, CASES, K, N
 from tests.triton_device import DEVICE, GPU
 
 HALF = torch.bfloat16
@@ -39,9 +41,7 @@ def test_every_row_leads_to_a_kernel_for_any_number_of_tokens(op: str) -> None:
         kernel = _choose(op, M)
         assert kernel.name == "reference" or kernel.name.startswith(op), kernel
         assert kernel.reason
-        assert (kernel.name != "reference") == (op in dispatch.TRITON_MODULES) or kernel.name == (
-            f"{op}_cuda"
-        )
+        assert (kernel.name != "reference") == (op in dispatch.TRITON_MODULES)
 
 
 def test_the_reference_serves_what_no_kernel_takes(
@@ -91,6 +91,45 @@ def test_cuda_kernels_come_first_for_few_tokens(
         assert _choose(op, 9).name == f"{op}_cuda", "with CUDA alone"
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_every_op_gets_through_to_its_kernel(name: str) -> None:
+    op, arguments, _ = CASES[name]
+    arguments = list(arguments)
+    arguments[BIAS_AT[op]] = bias = torch.randn(N, generator=generator(1))
+    kind = {
+        "int8_linear": ops._Int8Linear,
+        "weight_only_linear": ops._WeightOnlyLinear,
+        "codebook_linear": ops._CodebookLinear,
+        "bitmap_sparse_linear": ops._BitmapSparseLinear,
+        "semi_structured_linear": ops._SemiStructuredLinear,
+        "block_sparse_linear": ops._BlockSparseLinear,
+    }[op]
+    x = torch.randn(2, 3, K, generator=generator(2))
+    call = kind(x, *(t.to(DEVICE) if isinstance(t, Tensor) else t for t in arguments))
+    call = call._replace(x=x.to(DEVICE))
+    y = gpu.run(op, tuple(call), _refuse, call.form, call.check())
+    expected = call.reference()
+    # Both sum K products in float32, in other orders, as three TF32 products on a GPU; and quantize
+    # the same inputs to the same codes.
+    most = x.to(DEVICE).abs() @ call.dense().abs().T + bias.to(DEVICE).abs()
+    tolerance = (2 * K * 2.0**-23 + (2.0**-20 if GPU else 0.0)) * 1.02 * most.double()
+    assert_within(y, expected, tolerance, name)
+
+
+def _refuse() -> None:
+    raise AssertionError("the reference ran")
+
+
+def test_empty_sizes_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_function", lambda *_: _refuse())
+    for shape in ((0, 8), (3, 0)):
+        x = torch.zeros(shape, device=DEVICE)
+        weight = torch.zeros(4, shape[1], dtype=torch.int8, device=DEVICE)
+        call = ops._Int8Linear(x, weight, torch.ones(4, 1, device=DEVICE))
+        y = gpu.run("int8_linear", tuple(call), call.reference, call.form, 4)
+        assert_equal(y, torch.zeros(shape[0], 4, device=DEVICE))
+
+
 def test_triton_is_not_imported_before_it_runs() -> None:
     code = """
 import sys, torch, llmq
@@ -112,10 +151,64 @@ def test_choices_are_printed(capsys: pytest.CaptureFixture, monkeypatch: Any) ->
     assert printed == ["llmq: quantize_activation M=3 N=1 K=32 -> quantize_activation_triton"]
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
-def test_ops_run_kernels_on_the_gpu() -> None:
-    x = torch.randn(3, 64, device=DEVICE, dtype=HALF)
-    codes, scale = torch.ops.llmq.quantize_activation(x, 16)
-    expected = activation.quantize_activation(x, 16)
-    assert_equal(codes, expected[0])
-    assert_equal(scale, expected[1])
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+
+
+def _layer(scheme: str = "w8a8", K: int = 128, N: int = 96) -> QuantLinear:
+    torch.manual_seed(0)
+    return QuantLinear.from_linear(torch.nn.Linear(K, N), scheme).to(DEVICE)
+
+
+@needs_gpu
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-g64", "w8a16", "w4a16-g32", "w4a8-g64"])
+def test_layers_are_captured_in_graphs_and_compiled_whole(scheme: str) -> None:
+    layer = _layer(scheme)
+    assert layer.kernel(4, HALF).name != "reference"
+    x = torch.randn(4, 128, device=DEVICE, dtype=HALF)
+    with torch.inference_mode():
+        expected = layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        graph.replay()
+        assert_equal(y.clone(), expected, "in a graph")
+        compiled = torch.compile(layer, fullgraph=True)
+        assert_equal(compiled(x), expected, "compiled")
+
+
+@needs_gpu
+def test_runs_on_the_current_stream() -> None:
+    layer, x = _layer(), torch.randn(512, 128, device=DEVICE, dtype=HALF)
+    expected = layer(x)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(10_000_000)
+        doubled = x * 2
+        y = layer(doubled * 0.5)
+    torch.cuda.current_stream().wait_stream(side)
+    assert_equal(y, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_where_x_lies() -> None:
+    layer, x = _layer(), torch.randn(4, 128, device=DEVICE, dtype=HALF)
+    expected = layer(x)
+    assert_equal(layer.to("cuda:1")(x.to("cuda:1")).cpu(), expected.cpu())
+
+
+@needs_gpu
+def test_more_than_2_to_the_31_elements() -> None:
+    layer = _layer("w8a8", K=64, N=128)
+    x = torch.randn(1, 64, device=DEVICE, dtype=HALF).expand((1 << 24) + 5, 64)
+    y = layer(x)
+    assert y.numel() > 1 << 31
+    assert_equal(y[-3:], layer(x[:3]))
+
+
+@needs_gpu
+def test_gradients_flow_through_the_kernels_of_the_gpu() -> None:
+    layer, x = _layer(), torch.randn(3, 128, device=DEVICE, requires_grad=True)
+    layer(x).sum().backward()
+    expected = layer.dequantize().sum(0).expand(3, 128)
+    torch.testing.assert_close(x.grad, expected)

@@ -57,10 +57,10 @@ def check_product(
 ) -> None:
     """Check y against x Wᵀ + bias, weight as it is decoded in float32.
 
-    Errors of K independent float32 additions grow with √K (Higham & Mary, 2019, with λ = 4); 16 more
-    are for splits, groups, scales and bias; each up to 2⁻²³, as tensor cores cut off rather than
-    round. y is rounded to its dtype once. `loss` is what each weight may be off. On a GPU, float32
-    inputs are three TF32 products: 2⁻²⁰ of each.
+    Errors of K independent float32 additions grow with √K (Higham & Mary, 2019, with λ = 4); 16
+    more are for splits, groups, scales and bias; each up to 2⁻²³, as tensor cores cut off rather
+    than round. y is rounded to its dtype once. `loss` is what each weight may be off. On a GPU,
+    float32 inputs are three TF32 products: 2⁻²⁰ of each.
     """
     if GPU and x.dtype == torch.float32:
         loss += 2.0**-20
