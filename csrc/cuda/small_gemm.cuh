@@ -117,6 +117,7 @@ struct Plan {
   static constexpr int kStages = 3 * kStageBytes <= 80 * 1024 ? 3 : 2;
   static constexpr int kScaleRows = X::kFoldsTokens ? kTokens : X::kCodes ? 0 : kBlockOutputs;
   static constexpr int kBytes = kStages * kStageBytes;
+  static constexpr int kUnroll = kT <= 4 ? kUnits / 2 : 1;  // more would spill
   static constexpr int kBlocks = kT <= 2 ? 3 : kT == 4 ? 2 : 1;  // a multiprocessor, for registers
   static constexpr int kGroupBytes = kScaleRows * static_cast<int>(sizeof(FloatWord));
   // What a block may have on every GPU that the kernels are built for.
@@ -279,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, (Plan<Weight, X, kT>::kBlocks))
     const unsigned char* const stage = stages + (chunk - slice.begin) % kStages * P::kStageBytes;
     const unsigned char* const w_stage = stage + warp * Weight::kStageBytes;
     const unsigned char* const x_stage = stage + P::kWeightBytes;
-#pragma unroll
+#pragma unroll P::kUnroll
     for (int pair = 0; pair < kUnits / 2; ++pair) {
       uint32_t words[kTiles][4];
 #pragma unroll
