@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llmq.algorithms import magnitude, structured
+from llmq.algorithms import blockwise, magnitude, sparsegpt, structured, surgeon, wanda
+from llmq.algorithms.calibration import Statistics
+from llmq.calibrate import calls_of
 from llmq.nn import QuantLinear, SparseLinear, linear_weight
 from llmq.report import Change, attach, relative_error
 from llmq.scheme import Pattern, parse_pattern
 from llmq.walk import Target, check_weight, find, swap
 
-_METHODS = ("magnitude",)
+_METHODS = ("magnitude", "wanda", "sparsegpt")
 
 
 def prune(
@@ -49,10 +52,7 @@ def prune(
     """
     rate = _check_rate(pruning_rate)
     parsed = parse_pattern(pattern)
-    if method not in _METHODS:
-        raise ValueError(f"unknown method {method!r}; there is {', '.join(_METHODS)}")
-    if data is not None:
-        raise ValueError(f"method {method!r} uses no data; leave data=None")
+    _check_method(method, data)
     if parsed.kind == "2:4" and rate != 0.5:
         raise ValueError(f"pattern 2:4 drops two of each four: its rate is 0.5, got {rate}")
     found = find(model, skip, embeddings=False)
@@ -67,19 +67,26 @@ def prune(
     for group in found.groups:
         for target in group:
             _check(target, parsed, rate)
-    replacements: list[tuple[Target, nn.Module]] = []
-    changes = {}
-    groups = found.groups if rate > 0 else []
-    with tqdm(groups, desc="prune", unit="layer", delay=1, leave=False) as progress:
-        for group in progress:
-            first: SparseLinear | None = None
-            for target in group:
-                layer = _convert(target, parsed, rate)
-                if first is not None:
-                    _share(first, layer)
-                first = first or layer
-                replacements.append((target, layer))
-                changes[target.name] = _change(target, layer)
+
+    def convert(group: list[Target], statistics: Statistics | None) -> list[nn.Module]:
+        layers = [_convert(target, parsed, rate, method, statistics) for target in group]
+        for layer in layers[1:]:
+            _share(layers[0], layer)
+        return list(layers)
+
+    if rate == 0:
+        replacements = []
+    elif data is None:
+        with tqdm(found.groups, desc="prune", unit="layer", delay=1, leave=False) as progress:
+            replacements = [
+                pair for g in progress for pair in zip(g, convert(g, None), strict=True)
+            ]
+    else:
+        calls = calls_of(model, data)
+        replacements, _ = blockwise.compress(
+            model, found, calls, convert, what="prune", full=method == "sparsegpt"
+        )
+    changes = {target.name: _change(target, layer) for target, layer in replacements}
     swap(model, found, replacements)
     if rate == 0:
         found.reasons.update({t.name: "pruning_rate=0" for group in found.groups for t in group})
@@ -93,6 +100,18 @@ def _check_rate(rate: float) -> float:
     if not 0 <= rate < 1:  # NaN fails too
         raise ValueError(f"pruning_rate must be in [0, 1), got {rate}")
     return float(rate)
+
+
+def _check_method(method: str, data: Any) -> None:
+    if method not in _METHODS:
+        raise ValueError(f"unknown method {method!r}; there is {', '.join(_METHODS)}")
+    if method == "magnitude" and data is not None:
+        raise ValueError(f"method {method!r} uses no data; leave data=None")
+    if method != "magnitude" and data is None:
+        raise ValueError(
+            f"method {method!r} needs data to calibrate with: token ids, a pair (text, "
+            f"tokenizer), or batches of what the model takes"
+        )
 
 
 def _check(target: Target, pattern: Pattern, rate: float) -> None:
@@ -135,15 +154,54 @@ def _check(target: Target, pattern: Pattern, rate: float) -> None:
             )
 
 
-def _convert(target: Target, pattern: Pattern, rate: float) -> SparseLinear:
+def _convert(
+    target: Target, pattern: Pattern, rate: float, method: str, statistics: Statistics | None
+) -> SparseLinear:
     module = target.module
     kept = module.mask() if isinstance(module, SparseLinear) else None
     if isinstance(module, (QuantLinear, SparseLinear)):
         weight = module.dequantize()
     else:
         weight = linear_weight(module)[0]
-    mask = magnitude.mask(weight, pattern, rate, kept)
-    return SparseLinear.from_linear(module, pattern, mask=mask)
+    if statistics is None or not statistics.rows:
+        mask = magnitude.mask(weight, pattern, rate, kept)
+        return SparseLinear.from_linear(module, pattern, mask=mask)
+    if method == "wanda":
+        mask = wanda.mask(weight, statistics.squares, pattern, rate, kept)
+        return SparseLinear.from_linear(module, pattern, mask=mask)
+    return _sparsegpt(module, weight, statistics.moments, pattern, rate, kept)
+
+
+def _sparsegpt(
+    module: Any,
+    weight: Tensor,
+    moments: Tensor,
+    pattern: Pattern,
+    rate: float,
+    kept: Tensor | None,
+) -> SparseLinear:
+    """Prune with an update: of int8 values on the scales that they have."""
+    N, K = weight.shape
+    bias = None if module.bias is None else module.bias.detach()
+    if getattr(module, "scheme", None) is None:
+        changed, mask = sparsegpt.prune(weight, moments, pattern, rate, kept=kept)
+        linear = nn.Linear(K, N, bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(changed.to(module.weight.dtype), requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias, requires_grad=False)
+        return SparseLinear.from_linear(linear.train(module.training), pattern, mask=mask)
+    scale = module.weight_scale.data
+    round_to = _on_scale(scale[:, 0])
+    changed, mask = sparsegpt.prune(weight, moments, pattern, rate, kept=kept, round_to=round_to)
+    tensors = {"weight": torch.round(changed / scale).to(torch.int8), "weight_scale": scale}
+    if bias is not None:
+        tensors["bias"] = bias
+    dense = QuantLinear(K, N, module.scheme, tensors).train(module.training)
+    return SparseLinear.from_linear(dense, pattern, mask=mask)
+
+
+def _on_scale(scale: Tensor) -> surgeon.Round:
+    return lambda values, _: (values / scale).round_().clamp_(-128, 127) * scale
 
 
 def _share(first: SparseLinear, layer: SparseLinear) -> None:
@@ -153,8 +211,9 @@ def _share(first: SparseLinear, layer: SparseLinear) -> None:
             layer._parameters[name] = parameter
 
 
-def _change(target: Target, layer: SparseLinear) -> Change:
+def _change(target: Target, layer: nn.Module) -> Change:
     module = target.module
+    assert isinstance(layer, SparseLinear)
     if isinstance(module, (QuantLinear, SparseLinear)):
         return Change(
             target.kind, relative_error(module.dequantize(), layer.dequantize()), module.bytes()

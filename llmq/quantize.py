@@ -7,10 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from llmq import dispatch
+from llmq.algorithms import blockwise, rounding
+from llmq.algorithms.calibration import Statistics
+from llmq.calibrate import calls_of
 from llmq.nn import (
     CompressedLayer,
     QuantEmbedding,
@@ -24,7 +27,6 @@ from llmq.scheme import Scheme, resolve_scheme
 from llmq.walk import Target, check_weight, find, swap
 
 _log = logging.getLogger("llmq")
-_ALGORITHMS = ("rtn",)
 
 
 def quantize(
@@ -64,29 +66,52 @@ def quantize(
         >>> model = llmq.quantize(model, scheme="w8a8-g64")
         >>> print(model.llmq_report)
     """
-    if algorithm not in _ALGORITHMS:
-        raise ValueError(f"unknown algorithm {algorithm!r}; there is {', '.join(_ALGORITHMS)}")
-    if data is not None:
-        raise ValueError(f"algorithm {algorithm!r} uses no data; leave data=None")
+    how = _parse_algorithm(algorithm, data)
     picked, choice = _pick(model, bits, scheme)
     found = find(model, skip, embeddings=True)
     for group in found.groups:
         for target in group:
             _check(target, _fitted(picked, target, scheme is not None))
-    replacements: list[tuple[Target, nn.Module]] = []
-    changes: dict[str, Change] = {}
-    with tqdm(found.groups, desc="quantize", unit="layer", delay=1, leave=False) as progress:
-        for group in progress:
-            layers = _convert(group, _fitted(picked, group[0], scheme is not None))
-            for target, layer in zip(group, layers, strict=True):
-                if layer is not target.module:
-                    replacements.append((target, layer))
-                    changes[target.name] = _change(target, layer)
+
+    def convert(group: list[Target], statistics: Statistics | None) -> list[nn.Module]:
+        fitted = _fitted(picked, group[0], scheme is not None)
+        return _convert(group, fitted, how, statistics)
+
+    if data is None:
+        replacements = []
+        with tqdm(found.groups, desc="quantize", unit="layer", delay=1, leave=False) as progress:
+            for group in progress:
+                layers = convert(group, None)
+                replacements += [
+                    (target, layer)
+                    for target, layer in zip(group, layers, strict=True)
+                    if layer is not target.module
+                ]
+    else:
+        calls = calls_of(model, data)
+        replacements, _ = blockwise.compress(
+            model, found, calls, convert, what="quantize", full=how == "gptq"
+        )
+    changes = {target.name: _change(target, layer) for target, layer in replacements}
     swap(model, found, replacements)
     if choice:
         _log.info(choice)
     attach(model, changes, found.reasons, choice)
     return model
+
+
+def _parse_algorithm(algorithm: str, data: Any) -> str:
+    if algorithm not in rounding.ROUNDINGS:
+        known = ", ".join(rounding.ROUNDINGS)
+        raise ValueError(f"unknown algorithm {algorithm!r}; there is {known}")
+    if algorithm == "rtn" and data is not None:
+        raise ValueError(f"algorithm {algorithm!r} uses no data; leave data=None")
+    if algorithm == "gptq" and data is None:
+        raise ValueError(
+            f"algorithm {algorithm!r} needs data to calibrate with: token ids, a pair (text, "
+            f"tokenizer), or batches of what the model takes"
+        )
+    return algorithm
 
 
 def _pick(model: nn.Module, bits: int, scheme: str | Scheme | None) -> tuple[Scheme, str]:
@@ -168,11 +193,14 @@ def _same_by_default(has: Scheme, scheme: Scheme) -> bool:
     return scheme.name == "w4a16-g32" and has == fits and (has.group_size or 1) < 32
 
 
-def _convert(group: list[Target], scheme: Scheme) -> list[nn.Module]:
+def _convert(
+    group: list[Target], scheme: Scheme, how: str, statistics: Statistics | None
+) -> list[nn.Module]:
     """Return the new layers of targets that share one weight; they share the new tensors too."""
+    moments = None if statistics is None or not statistics.rows else statistics.moments
     if all(isinstance(target.module, CompressedLayer) for target in group):
         return [
-            SparseLinear.from_linear(t.module, t.module.pattern, scheme=scheme)
+            _convert_sparse(t.module, scheme, how, moments)
             if isinstance(t.module, SparseLinear) and t.module.scheme is None
             else t.module
             for t in group
@@ -182,8 +210,27 @@ def _convert(group: list[Target], scheme: Scheme) -> list[nn.Module]:
         first = QuantEmbedding.from_embedding(group[0].module, scheme)
         first.train(group[0].module.training)
     else:
-        first = QuantLinear.from_linear(group[0].module, scheme)
+        first = _coded(group[0].module, scheme, how, moments)
     return [first] + [_twin(first, target.module) for target in group[1:]]
+
+
+def _coded(linear: nn.Module, scheme: Scheme, how: str, moments: Tensor | None) -> QuantLinear:
+    weight, bias = linear_weight(linear)
+    encoded = rounding.encode(weight, scheme, how, moments)
+    layer = QuantLinear.from_encoded(encoded, bias, scheme, in_features=weight.shape[1])
+    return layer.train(linear.training)
+
+
+def _convert_sparse(
+    layer: SparseLinear, scheme: Scheme, how: str, moments: Tensor | None
+) -> SparseLinear:
+    if how == "rtn" or moments is None:
+        return SparseLinear.from_linear(layer, layer.pattern, scheme=scheme)
+    values, mask = layer.values_and_mask()
+    encoded = rounding.encode(values, scheme, how, moments, kept=mask)
+    bias = None if layer.bias is None else layer.bias.data
+    dense = QuantLinear.from_encoded(encoded, bias, scheme, in_features=layer.in_features)
+    return SparseLinear.from_linear(dense, layer.pattern, mask=mask).train(layer.training)
 
 
 def _twin(first: nn.Module, module: nn.Module) -> nn.Module:

@@ -33,8 +33,8 @@ ORDER = (
     ("algorithms",),
     ("candidates",),
     (
-        *("checkpoint", "compare", "doctor", "evaluate", "fine_tune", "plan", "prune", "quantize"),
-        *("losses", "options", "sensitivity", "training"),
+        *("calibrate", "checkpoint", "compare", "doctor", "evaluate", "fine_tune", "plan"),
+        *("prune", "quantize", "losses", "options", "sensitivity", "training"),
     ),
     ("bench", "demo", "integrations.models"),  # what the commands are made of
     ("cli",),

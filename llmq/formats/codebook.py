@@ -64,8 +64,11 @@ class _Histogram(NamedTuple):
         return float((mass * levels**2 - 2 * total * levels).sum())
 
 
-def _histogram(unit: Tensor, scale: Tensor) -> _Histogram:
-    """Count unit [N, G, group], each value by the square of its scale: its share of the error."""
+def _histogram(unit: Tensor, scale: Tensor, importance: Tensor | None) -> _Histogram:
+    """Count unit [N, G, group], each value by its share of the error.
+
+    That is the square of its scale, times the `importance` [K] of its input where that is given.
+    """
     N, G, group = unit.shape
     share = (scale / scale.abs().max()).square()
     mass = torch.zeros(_BINS, dtype=torch.float64, device=unit.device)
@@ -73,7 +76,11 @@ def _histogram(unit: Tensor, scale: Tensor) -> _Histogram:
     step = max(1, _CHUNK // (G * group))
     for start in range(0, N, step):
         part = unit[start : start + step].flatten()
-        counts = share[start : start + step].flatten().repeat_interleave(group)
+        rows = share[start : start + step]
+        if importance is None:
+            counts = rows.flatten().repeat_interleave(group)
+        else:
+            counts = (rows[..., None] * importance.reshape(-1, group)).flatten()
         bins = ((part + 1) * (_BINS / 2)).int().clamp_(0, _BINS - 1)
         mass += torch.bincount(bins, counts, minlength=_BINS)
         total += torch.bincount(bins, counts.mul_(part), minlength=_BINS)
@@ -116,13 +123,13 @@ def _lloyd(histogram: _Histogram, levels: Tensor) -> Tensor:
     return levels
 
 
-def _fit(unit: Tensor, scale: Tensor, count: int) -> Tensor:
+def _fit(unit: Tensor, scale: Tensor, count: int, importance: Tensor | None) -> Tensor:
     """Return `count` ascending levels, float32, for unit [N, G, group] in [-1, 1]."""
     uniform = torch.linspace(-1, 1, count - 1, dtype=torch.float64, device=unit.device)
     uniform = torch.cat((uniform, uniform[-1:]))
     if not scale.any():
         return uniform.float()
-    histogram = _histogram(unit, scale)
+    histogram = _histogram(unit, scale, importance)
     if len(histogram.centres) <= count:  # as many levels as values: nothing is lost
         spare = histogram.centres[-1:].expand(count - len(histogram.centres))
         return torch.cat((histogram.centres, spare)).float()
@@ -138,6 +145,7 @@ def encode(
     granularity: str,
     group_size: int | None = None,
     weight_codebook: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> CodebookWeight:
     """Code a weight by one codebook for the whole tensor, fitted to it in squared error.
 
@@ -147,6 +155,9 @@ def encode(
         granularity: what shares one scale: "tensor", "channel" (a row) or "group".
         group_size: inputs of a group, which divides K; with granularity "group" only.
         weight_codebook: float32 [1 or N, 2^bits], ascending: levels to keep instead of fitting.
+        importance: float32 [K], not negative: what an error counts at each input, in the fit of
+            levels and scales; None is 1. The mean of x² of each input makes it the error of the
+            layer's output, if inputs are independent.
 
     Returns:
         Canonical storage. Levels lie in [-1, 1]; a scale may be negative, and is 0 where a group is
@@ -161,9 +172,10 @@ def encode(
     N = weight.shape[0]
     G, group = group_shape(weight, granularity, group_size)
     grouped = weight.float().contiguous().reshape(N, G, group)
+    importance = _checked_importance(importance, weight.shape[1])
     scale = _largest(grouped, granularity)
     if weight_codebook is None:
-        levels = _fit(_unit(grouped, scale), scale, 2**bits)[None]
+        levels = _fit(_unit(grouped, scale), scale, 2**bits, importance)[None]
     else:
         levels = weight_codebook
         _check_codebook(levels, N, bits)
@@ -172,16 +184,42 @@ def encode(
         scale = scale / levels[:, -1:]
     # With 256 levels or one scale for all there is nothing to gain.
     if bits == 4 and granularity != "tensor" and scale.any():
-        scale = _least_squares(grouped, scale, levels)
+        scale = _least_squares(grouped, scale, levels, importance)
         if weight_codebook is None:
             unit = _unit(grouped, scale)
             reach = torch.stack(torch.aminmax(unit)).abs().max()
             scale *= reach
-            levels = _lloyd(_histogram(unit / reach, scale), levels[0].double() / reach)[None]
-            levels = levels.float()
-    codes = _nearest(_unit(grouped, scale), levels).to(torch.uint8)
+            histogram = _histogram(unit / reach, scale, importance)
+            levels = _lloyd(histogram, levels[0].double() / reach)[None].float()
+    return on_levels(weight, levels, scale, bits=bits)
+
+
+def on_levels(
+    weight: Tensor, weight_codebook: Tensor, weight_scale: Tensor, *, bits: int
+) -> CodebookWeight:
+    """Code a weight [N, K] to the nearest of levels [1 or N, 2^bits] times scales [N, G]."""
+    N, K = weight.shape
+    G = weight_scale.shape[1]
+    grouped = weight.float().contiguous().reshape(N, G, K // G if G else 0)
+    codes = _nearest(_unit(grouped, weight_scale), weight_codebook).to(torch.uint8)
     stored = codes.view(torch.int8) if bits == 8 else pack_int4(codes)
-    return CodebookWeight(stored, levels, scale)
+    return CodebookWeight(stored, weight_codebook, weight_scale)
+
+
+def _checked_importance(importance: Tensor | None, K: int) -> Tensor | None:
+    if importance is None:
+        return None
+    if tuple(importance.shape) != (K,) or not bool(
+        ((importance >= 0) & importance.isfinite()).all()
+    ):
+        raise ValueError(
+            f"importance must be {K} finite numbers that are not negative, got a tensor "
+            f"{list(importance.shape)}"
+        )
+    # An input that never came counts a little, or its weights would have no levels at all.
+    importance = importance.float()
+    mean = importance.mean()
+    return importance / mean + 1e-6 if mean > 0 else None
 
 
 def _largest(grouped: Tensor, granularity: str) -> Tensor:
@@ -199,11 +237,16 @@ def _unit(grouped: Tensor, scale: Tensor) -> Tensor:
     return grouped / torch.where(scale == 0, 1.0, scale)[..., None]
 
 
-def _least_squares(grouped: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
+def _least_squares(
+    grouped: Tensor, scale: Tensor, levels: Tensor, importance: Tensor | None
+) -> Tensor:
     """Return the scales [N, G] that fit groups best with the codes that they get from `scale`."""
     codes = _nearest(_unit(grouped, scale), levels)
     values = _look_up(codes, levels).reshape(grouped.shape)
-    fitted = (grouped * values).sum(-1) / values.square().sum(-1).clamp(min=_TINY)
+    counted = values
+    if importance is not None:
+        counted = values * importance.reshape(-1, grouped.shape[2])
+    fitted = (grouped * counted).sum(-1) / (values * counted).sum(-1).clamp(min=_TINY)
     # A group of zeros keeps its scale, as does one whose products underflow.
     return torch.where(fitted * scale > 0, fitted, scale)
 

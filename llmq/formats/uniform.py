@@ -160,7 +160,7 @@ def encode(
     """
     check_weight(weight)
     check_bits(bits)
-    N, K = weight.shape
+    N = weight.shape[0]
     G, group = group_shape(weight, granularity, group_size)
     grouped = weight.float().reshape(N, G, group)
     if weight.numel() == 0:
@@ -169,16 +169,40 @@ def encode(
         low, high = (end.expand(N, 1) for end in torch.aminmax(grouped))
     else:
         low, high = torch.aminmax(grouped, dim=-1)
+    return on_grid(weight, *grid(low, high, bits=bits, symmetric=symmetric), bits=bits)
+
+
+def grid(low: Tensor, high: Tensor, *, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the scale, and the zero point where not symmetric, of codes that span a range.
+
+    Args:
+        low: float32 [N, G], smallest values; the range always holds 0.0.
+        high: float32 [N, G], largest values.
+        bits: 8 or 4.
+        symmetric: whether the range is widened to have 0.0 in the middle.
+
+    Returns:
+        float32 [N, G], the zero point as a whole number.
+    """
     levels = 2**bits - 1
     low, high = low.clamp(max=0), high.clamp(min=0)
     largest = torch.maximum(-low, high)
     # high / levels - low / levels: the difference high - low itself may overflow.
     scale = largest / (levels // 2) if symmetric else high / levels - low / levels
     scale = torch.where(largest == 0, 1.0, scale.clamp(min=_TINY)).contiguous()
-    zero_point = None
-    if not symmetric:
-        first, last = _RANGE[bits]
-        zero_point = (first + torch.round(-low / scale)).clamp(first, last).contiguous()
+    if symmetric:
+        return scale, None
+    first, last = _RANGE[bits]
+    return scale, (first + torch.round(-low / scale)).clamp(first, last).contiguous()
+
+
+def on_grid(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, *, bits: int
+) -> UniformWeight:
+    """Code a weight [N, K] with the scale and zero point [N, G] of `grid`, rounding to nearest."""
+    N, K = weight.shape
+    G = scale.shape[1]
+    grouped = weight.float().reshape(N, G, K // G)
     codes = _round(
         grouped / scale[..., None], None if zero_point is None else zero_point[..., None], bits
     )
