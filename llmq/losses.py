@@ -57,7 +57,7 @@ def loss_of(model: nn.Module, batch: Any, teacher: Teacher | None) -> Tensor:
         return loss
     with torch.no_grad():
         wanted = teacher.model(*args, **kwargs)
-    total = _distance(output, wanted, kwargs.get("labels"))
+    total = _distance(output, wanted, kwargs)
     if loss is not None:
         total = (1 - teacher.weight) * loss + teacher.weight * total
     if teacher.hidden_weight:
@@ -118,14 +118,16 @@ def _prediction(output: Any) -> Tensor:
     raise ValueError(f"found neither logits nor a tensor in the model's {type(output).__name__}")
 
 
-def _distance(output: Any, wanted: Any, labels: Tensor | None) -> Tensor:
+def _distance(output: Any, wanted: Any, kwargs: dict[str, Any]) -> Tensor:
     given, asked = _prediction(output), _prediction(wanted)
     if given.shape != asked.shape:
         raise ValueError(
             f"teacher's output {list(asked.shape)} and model's {list(given.shape)} differ"
         )
     if _logits(output) is None:
+        given, asked = _counted(given, asked, kwargs.get("attention_mask"))
         return F.mse_loss(given.float(), asked.float())
+    labels = kwargs.get("labels")
     given, asked = given.flatten(0, -2), asked.flatten(0, -2)
     if labels is not None and labels.numel() == given.shape[0]:
         counted = labels.flatten() != _IGNORED  # what pads a batch teaches nothing
@@ -152,13 +154,18 @@ def _hidden_distance(output: Any, wanted: Any, kwargs: dict[str, Any]) -> Tensor
                     f"hidden states of teacher {list(of.shape)} and model {list(h.shape)} differ: "
                     f"hidden_weight takes models of one hidden size"
                 )
-            total.append(_relative(h.float(), of.float(), mask))
+            total.append(_relative(*_counted(h.float(), of.float(), mask)))
     if not total:
         raise ValueError(f"{type(output).__name__} has no hidden states; leave hidden_weight=0")
     return torch.stack(total).mean()
 
 
-def _relative(given: Tensor, asked: Tensor, mask: Tensor | None) -> Tensor:
+def _counted(given: Tensor, asked: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return hidden states [B, T, K] where a mask [B, T] has ones, all if it has another shape."""
     if mask is not None and mask.shape == given.shape[:2]:
-        given, asked = given[mask.bool()], asked[mask.bool()]
+        return given[mask.bool()], asked[mask.bool()]
+    return given, asked
+
+
+def _relative(given: Tensor, asked: Tensor) -> Tensor:
     return (given - asked).square().sum() / asked.square().sum().clamp(min=1e-12)

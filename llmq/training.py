@@ -96,33 +96,41 @@ def train(
     if validation is not None and not history.validation:
         best.offer(history, 0, _validate(model, validation, settings, teacher))
     given = _cycle(batches, total * settings.accumulate)
-    with tqdm(total=total, initial=first, desc="fine-tune", unit="step", delay=1) as progress:
-        for step in range(total):
-            group = [next(given) for _ in range(settings.accumulate)]
-            if step < first:
-                continue
-            rate = settings.lr * schedule(step, total)
-            for entry in optimizer.param_groups:
-                entry["lr"] = rate
-            value = _step(model, group, settings, teacher)
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"loss is {value} at step {step + 1} of {total}; a smaller lr than "
-                    f"{settings.lr:g} or other data would do; the model is as it was"
-                )
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            history.losses.append(value)
-            history.learning_rates.append(rate)
-            done = step + 1
-            if validation is not None and (done % every == 0 or done == total):
-                best.offer(history, done, _validate(model, validation, settings, teacher))
-            progress.set_postfix(loss=f"{value:.3f}", lr=f"{rate:.1e}", refresh=False)
-            progress.update()
-            if state is not None and time.monotonic() - saved > _SAVE_EVERY:
-                state.save(parameters, optimizer, history, best)
-                saved = time.monotonic()
+    whole = True  # whether parameters and history are of the same step
+    try:
+        with tqdm(total=total, initial=first, desc="fine-tune", unit="step", delay=1) as progress:
+            for step in range(total):
+                group = [next(given) for _ in range(settings.accumulate)]
+                if step < first:
+                    continue
+                rate = settings.lr * schedule(step, total)
+                for entry in optimizer.param_groups:
+                    entry["lr"] = rate
+                value = _step(model, group, settings, teacher)
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"loss is {value} at step {step + 1} of {total}; a smaller lr than "
+                        f"{settings.lr:g} or other data would do; the model is as it was"
+                    )
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                whole = False
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                history.losses.append(value)
+                history.learning_rates.append(rate)
+                whole = True
+                done = step + 1
+                if validation is not None and (done % every == 0 or done == total):
+                    best.offer(history, done, _validate(model, validation, settings, teacher))
+                progress.set_postfix(loss=f"{value:.3f}", lr=f"{rate:.1e}", refresh=False)
+                progress.update()
+                if state is not None and time.monotonic() - saved > _SAVE_EVERY:
+                    state.save(parameters, optimizer, history, best)
+                    saved = time.monotonic()
+    except KeyboardInterrupt:
+        if state is not None and whole and history.losses:
+            state.save(parameters, optimizer, history, best)
+        raise
     if validation is None:
         history.best_step = total
     else:

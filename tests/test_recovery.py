@@ -336,6 +336,33 @@ def test_the_best_survives_an_interruption(tmp_path: Path, monkeypatch: pytest.M
     assert same(state(parted), state(whole))
 
 
+def test_an_interruption_from_the_keyboard_loses_no_step(tmp_path: Path) -> None:
+    class Stopped(list):
+        def __iter__(self):
+            for i, batch in enumerate(super().__iter__()):
+                if i == 3:
+                    raise KeyboardInterrupt
+                yield batch
+
+    batches = [ids(4, seed) for seed in range(5)]
+    model = llmq.quantize(llama(), scheme="w8a8")
+    with pytest.raises(KeyboardInterrupt):
+        llmq.fine_tune(model, Stopped(batches), checkpoint_dir=tmp_path)
+    assert llmq.fine_tune(model, batches, checkpoint_dir=tmp_path).resumed_at == 3
+
+
+def test_padding_of_a_bare_encoder_teaches_nothing() -> None:
+    torch.manual_seed(0)
+    teacher, student = (families.ENCODERS["bert"]().eval() for _ in range(2))
+    short = {"input_ids": ids(4), "attention_mask": torch.ones(4, 16, dtype=torch.int64)}
+    padded = {name: F.pad(tensor, (0, 5)) for name, tensor in short.items()}
+    of = Teacher(teacher, 1.0, 1.0)
+    with torch.no_grad():
+        expected = float(loss_of(student, short, of))
+        assert expected > 0
+        assert float(loss_of(student, padded, of)) == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

