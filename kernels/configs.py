@@ -83,7 +83,7 @@ class Config:
 # For few tokens a tile is deep rather than wide: 64 KB of weights in flight on a multiprocessor are
 # what memory needs. Not yet measured.
 _MANY = 1 << 62
-_TILES: dict[str, dict[int, tuple[tuple[int, int, Config], ...]]] = {
+TILES: dict[str, dict[int, tuple[tuple[int, int, Config], ...]]] = {
     "int8_gemm": {
         80: (
             (1, 16, Config(16, 64, 256, 4, 4)),
@@ -124,17 +124,18 @@ _TILES: dict[str, dict[int, tuple[tuple[int, int, Config], ...]]] = {
         ),
     },
 }
-_TILES["block_sparse_gemm"] = {
+TILES["block_sparse_gemm"] = {
     80: ((1, 16, Config(16, 64, 128, 4, 4)), (17, _MANY, Config(128, 128, 64, 8, 3))),
     90: ((1, 16, Config(16, 64, 128, 4, 4)), (17, _MANY, Config(128, 128, 128, 8, 3))),
     100: ((1, 16, Config(16, 64, 128, 4, 4)), (17, _MANY, Config(128, 128, 128, 8, 3))),
 }
-_TILES["bitmap_gemm"] = {
+TILES["bitmap_gemm"] = {
     column: ((1, 16, Config(16, 32, 128, 4, 2)), (17, _MANY, Config(64, 64, 64, 4, 2)))
     for column in (80, 90, 100)
 }
 for _family in ("grouped_int8_gemm", "weight_only_gemm"):
-    _TILES[_family][100] = _TILES[_family][90]
+    TILES[_family][100] = TILES[_family][90]
+SPLITTING = ("int8_gemm", "grouped_int8_gemm", "weight_only_gemm")  # those that can split K
 LEAST_K = 32  # of a tile: what one int8 instruction takes
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -176,9 +177,11 @@ def heuristic(
 
     Where even the smallest for M does, K is split, each part 4 steps or more.
     """
-    fitting = [c for low, high, c in _TILES[family][generation(capability)] if low <= M <= high]
+    fitting = [c for low, high, c in TILES[family][generation(capability)] if low <= M <= high]
     full = [c for c in fitting if c.programs(M, N) >= sms]
     config = within_group((full or fitting[:1])[-1], group)
+    if family not in SPLITTING:
+        return config
     steps = (K // group if group else 1) * -(-(group or K) // config.BLOCK_K)
     splits = 1
     while splits < 16 and config.programs(M, N) * splits < sms and steps >= 8 * splits:

@@ -28,6 +28,19 @@ from llmq_kernels.int8_gemm import coded_linear
 from llmq_kernels.quantize_rows import rows_of
 from llmq_kernels.tiles import add_splits, finish, parts_of, store, tile_of
 
+_ASM = """{{
+.reg .b32 low, high;
+and.b32 low, $4, 0x0F0F0F0F;
+shr.u32 high, $4, 4;
+and.b32 high, high, 0x0F0F0F0F;
+prmt.b32 $0, low, {0}, 0x4140;
+prmt.b32 $1, low, {0}, 0x4342;
+prmt.b32 $2, high, {0}, 0x4140;
+prmt.b32 $3, high, {0}, 0x4342;
+}}"""
+_BFLOAT16 = tl.constexpr(_ASM.format("0x43434343"))
+_FLOAT16 = tl.constexpr(_ASM.format("0x64646464"))
+
 
 @triton.jit
 def _nibbles(packed, dtype: tl.constexpr, NATIVE: tl.constexpr):
@@ -36,23 +49,29 @@ def _nibbles(packed, dtype: tl.constexpr, NATIVE: tl.constexpr):
     The code becomes the low bits of a power of two: one permutation for two weights, where a
     conversion takes six instructions.
     """
-    if NATIVE and dtype != tl.float32:
-        power: tl.constexpr = "0x43434343" if dtype == tl.bfloat16 else "0x64646464"
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 lo, hi; and.b32 lo, $4, 0x0F0F0F0F; shr.u32 hi, $4, 4;"
-            "and.b32 hi, hi, 0x0F0F0F0F;"
-            "prmt.b32 $0, lo, " + power + ", 0x4140; prmt.b32 $1, lo, " + power + ", 0x4342;"
-            "prmt.b32 $2, hi, " + power + ", 0x4140; prmt.b32 $3, hi, " + power + ", 0x4342; }",
+    if NATIVE and dtype == tl.bfloat16:
+        low, high = tl.inline_asm_elementwise(
+            _BFLOAT16,
             "=r,=r,=r,=r,r",
             [packed],
-            dtype=(dtype, dtype),
+            dtype=(tl.bfloat16, tl.bfloat16),
             is_pure=True,
             pack=4,
         )
-    offset: tl.constexpr = 128 if dtype == tl.bfloat16 else (1024 if dtype == tl.float16 else 0)
-    low = (packed & 15).to(tl.int32) + offset
-    high = ((packed >> 4) & 15).to(tl.int32) + offset
-    return low.to(dtype), high.to(dtype)
+    elif NATIVE and dtype == tl.float16:
+        low, high = tl.inline_asm_elementwise(
+            _FLOAT16,
+            "=r,=r,=r,=r,r",
+            [packed],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        offset: tl.constexpr = 128 if dtype == tl.bfloat16 else (1024 if dtype == tl.float16 else 0)
+        low = ((packed & 15).to(tl.int32) + offset).to(dtype)
+        high = (((packed >> 4) & 15).to(tl.int32) + offset).to(dtype)
+    return low, high
 
 
 @triton.jit
