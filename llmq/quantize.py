@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from llmq import dispatch
 from llmq.algorithms import blockwise, rounding
 from llmq.algorithms.calibration import Statistics
+from llmq.algorithms.scaling import SCALINGS, Scaling
 from llmq.calibrate import calls_of
 from llmq.nn import (
     CompressedLayer,
@@ -66,7 +67,7 @@ def quantize(
         >>> model = llmq.quantize(model, scheme="w8a8-g64")
         >>> print(model.llmq_report)
     """
-    how = _parse_algorithm(algorithm, data)
+    scaling, how = _parse_algorithm(algorithm, data)
     picked, choice = _pick(model, bits, scheme)
     found = find(model, skip, embeddings=True)
     for group in found.groups:
@@ -89,9 +90,28 @@ def quantize(
                 ]
     else:
         calls = calls_of(model, data)
-        replacements, _ = blockwise.compress(
-            model, found, calls, convert, what="quantize", full=how == "gptq"
-        )
+        schemes = {
+            t.name: _fitted(picked, group[0], scheme is not None)
+            for group in found.groups
+            for t in group
+        }
+        scaled = None if scaling is None else Scaling(scaling, schemes)
+        try:
+            replacements, unreached = blockwise.compress(
+                model,
+                found,
+                calls,
+                convert,
+                what="quantize",
+                full=how == "gptq",
+                sample=scaled is not None,
+                prepare=None if scaled is None else scaled.prepare,
+            )
+        except BaseException:
+            if scaled is not None:
+                scaled.journal.undo()
+            raise
+        choice = _said(choice, algorithm, len(calls), scaled, unreached)
     changes = {target.name: _change(target, layer) for target, layer in replacements}
     swap(model, found, replacements)
     if choice:
@@ -100,18 +120,46 @@ def quantize(
     return model
 
 
-def _parse_algorithm(algorithm: str, data: Any) -> str:
-    if algorithm not in rounding.ROUNDINGS:
-        known = ", ".join(rounding.ROUNDINGS)
-        raise ValueError(f"unknown algorithm {algorithm!r}; there is {known}")
+def _said(
+    choice: str, algorithm: str, batches: int, scaled: Scaling | None, unreached: list[str]
+) -> str:
+    """Return the report's lines on what calibration did."""
+    lines = [choice] if choice else []
+    lines.append(f"{algorithm}, calibrated on {batches} batches")
+    if scaled is not None:
+        left = [name for name in scaled.schemes if name not in scaled.folded]
+        of = f"{len(scaled.folded)} of {len(scaled.schemes)} layers"
+        lines.append(f"{scaled.kind}: folded exactly for the inputs of {of}")
+        if left:
+            lines.append(f"  not, as nothing before them takes the scales: {_few(left)}")
+    if unreached:
+        lines.append(f"rounded to nearest, as no data reached them: {_few(unreached)}")
+    return "\n".join(lines)
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return ", ".join(names[:6]) + more
+
+
+def _parse_algorithm(algorithm: str, data: Any) -> tuple[str | None, str]:
+    """Return the scaling, if any, and the rounding that `algorithm` names."""
+    parts = algorithm.split("+") if isinstance(algorithm, str) else []
+    scaling = parts.pop(0) if parts and parts[0] in SCALINGS else None
+    how = parts.pop(0) if parts else "rtn"
+    if parts or how not in rounding.ROUNDINGS or (scaling is None and not algorithm):
+        raise ValueError(
+            f"unknown algorithm {algorithm!r}; there is {', '.join(rounding.ROUNDINGS)}, and "
+            f"before any of them {' or '.join(SCALINGS)}, as in 'smoothquant+gptq'"
+        )
     if algorithm == "rtn" and data is not None:
         raise ValueError(f"algorithm {algorithm!r} uses no data; leave data=None")
-    if algorithm == "gptq" and data is None:
+    if (how == "gptq" or scaling is not None) and data is None:
         raise ValueError(
             f"algorithm {algorithm!r} needs data to calibrate with: token ids, a pair (text, "
             f"tokenizer), or batches of what the model takes"
         )
-    return algorithm
+    return scaling, how
 
 
 def _pick(model: nn.Module, bits: int, scheme: str | Scheme | None) -> tuple[Scheme, str]:

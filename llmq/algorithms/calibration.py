@@ -216,6 +216,13 @@ class Statistics:
         """Return the sample as one tensor, float32 [≤ ROWS, K]."""
         return torch.cat(self.sample)
 
+    def scale(self, by: Tensor) -> None:
+        """Become the statistics of x / by, `by` [K] positive."""
+        self.largest = self.largest / by
+        self.absolute = self.absolute / by
+        self.moments = self.moments / by / (by[:, None] if self.moments.dim() == 2 else by)
+        self.sample = [x / by for x in self.sample]
+
     def check(self, name: str) -> None:
         """Raise `ValueError` naming the layer if an input was NaN or infinite."""
         if not bool(torch.isfinite(self.largest).all()):
