@@ -18,7 +18,7 @@ _DECAY = 1e-4  # of the logistic regression, on normalized inputs
 
 
 def batches(
-    tokenizer: Any, texts: list[str], *, size: int = 32, longest: int = 128, sort: bool = True
+    tokenizer: Any, texts: list[str], *, size: int = 32, longest: int = 64, sort: bool = True
 ) -> list[tuple[list[int], dict[str, Tensor]]]:
     """Return (indices, model arguments) of texts, those of like length together if `sort`."""
     rows = tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
