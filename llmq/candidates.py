@@ -11,13 +11,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from llmq.algorithms import magnitude
-from llmq.nn import QuantLinear, SparseLinear, linear_weight
+from llmq.algorithms import low_rank, magnitude
+from llmq.nn import LowRankLinear, QuantLinear, SparseLinear, linear_weight
 from llmq.scheme import PRESETS, Pattern, Scheme, resolve_scheme
 
 _ROTATED = 200e6  # bytes of weights among which large shapes rotate, so that M = 1 reads memory
@@ -25,39 +25,79 @@ _CACHED = 4e6  # weights below this many bytes stay in cache, as the layers of a
 _SECONDS = 0.2  # of measuring a layer, in all rounds
 
 
-def parse(name: str) -> tuple[float, Scheme]:
-    """Return (share of weights dropped, scheme) of a scheme's name or of `"sparse N % <scheme>"`.
+class Format(NamedTuple):
+    """What a format's name says: `scheme` of the values, None for floating point; and what of the
+    weight there is: all but a share that is `sparse`, or factors with a share of its numbers.
+    """
+
+    scheme: Scheme | None
+    sparse: float = 0.0
+    low_rank: float = 0.0
+
+
+def parse(name: str) -> Format:
+    """Read a scheme's name, `"sparse N % SCHEME"` or `"low-rank N % SCHEME"`, or `… float`.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if it is none of these.
     """
-    if not name.startswith("sparse "):
-        return 0.0, resolve_scheme(name)
     words = name.split()
-    if len(words) != 4 or words[2] != "%" or not words[1].isdigit() or not 0 < int(words[1]) < 100:
+    if len(words) < 2:
+        return Format(resolve_scheme(name))
+    kind, number, *rest = words
+    if (
+        kind not in ("sparse", "low-rank")
+        or len(rest) != 2
+        or rest[0] != "%"
+        or not number.isdigit()
+        or not 0 < int(number) < 100
+    ):
         raise ValueError(
-            f"unknown format {name!r}; use 'sparse N % SCHEME' with N of 1 … 99, or one of "
-            f"{', '.join(PRESETS)}"
+            f"unknown format {name!r}; use 'sparse N % SCHEME' or 'low-rank N % SCHEME' with N of "
+            f"1 … 99 (and 'float' for no scheme), or one of {', '.join(PRESETS)}"
         )
-    return int(words[1]) / 100, resolve_scheme(words[3])
+    scheme = None if rest[1] == "float" else resolve_scheme(rest[1])
+    share = int(number) / 100
+    return Format(scheme, low_rank=share) if kind == "low-rank" else Format(scheme, sparse=share)
 
 
 def fits(name: str, N: int, K: int) -> bool:
-    """Whether a weight [N, K] can be of format `name`: its groups divide K."""
+    """Whether a weight [N, K] can be of format `name`: its groups divide K, its rank is smaller."""
+    wanted = parse(name)
     try:
-        parse(name)[1].check_fits(N, K)
+        if wanted.low_rank:
+            rank = low_rank.rank_of(N, K, wanted.low_rank)
+            if rank >= min(N, K):
+                return False
+            if wanted.scheme is not None:
+                wanted.scheme.check_fits(rank, K)
+                wanted.scheme.check_fits(N, rank)
+        elif wanted.scheme is not None:
+            wanted.scheme.check_fits(N, K)
     except ValueError:
         return False
     return True
 
 
-def make_layer(linear: nn.Module, name: str) -> nn.Module:
-    """Return a `Linear` or `Conv1D` in format `name`, rounded to nearest, pruned by magnitude."""
-    rate, scheme = parse(name)
-    if not rate:
-        return QuantLinear.from_linear(linear, scheme)
-    kept = magnitude.mask(linear_weight(linear)[0], Pattern("unstructured"), rate)
-    return SparseLinear.from_linear(linear, scheme=scheme, mask=kept)
+def make_layer(
+    linear: nn.Module, name: str, moments: torch.Tensor | None = None
+) -> QuantLinear | SparseLinear | LowRankLinear:
+    """Return a `Linear` or `Conv1D` in format `name`.
+
+    Codes are rounded to nearest, and weights pruned by magnitude; low-rank factors are those that
+    lose least for inputs of second `moments` [K, K], up to a factor (None: all inputs alike).
+    """
+    wanted = parse(name)
+    weight = linear_weight(linear)[0]
+    if wanted.low_rank:
+        rank = low_rank.rank_of(weight.shape[0], weight.shape[1], wanted.low_rank)
+        up, down = low_rank.factors(weight, rank, moments)
+        return LowRankLinear.from_factors(linear, up, down, wanted.scheme)
+    if wanted.sparse:
+        kept = magnitude.mask(weight, Pattern("unstructured"), wanted.sparse)
+        return SparseLinear.from_linear(linear, scheme=wanted.scheme, mask=kept)
+    assert wanted.scheme is not None
+    return QuantLinear.from_linear(linear, wanted.scheme)
 
 
 def time_interleaved(
@@ -89,10 +129,18 @@ def copies(size: float) -> int:
 def rotating(dense: nn.Linear, name: str, count: int | None = None) -> list[nn.Module]:
     """Return `count` equal layers of a format, or of `"float"`; None for `copies` of its bytes."""
     N, K = dense.weight.shape
+    wanted = Format(None) if name == "float" else parse(name)
     if count is None:
-        bits = 8 * dense.weight.element_size() if name == "float" else parse(name)[1].bits
+        bits = 8 * dense.weight.element_size() if wanted.scheme is None else wanted.scheme.bits
         count = copies(N * K * bits / 8)
-    first = dense if name == "float" else make_layer(dense, name)
+    first: nn.Module = dense
+    if wanted.low_rank:  # of whatever numbers: decomposing a large weight takes minutes
+        rank = low_rank.rank_of(N, K, wanted.low_rank)
+        first = LowRankLinear.from_factors(
+            dense, dense.weight.detach()[:, :rank], dense.weight.detach()[:rank], wanted.scheme
+        )
+    elif name != "float":
+        first = make_layer(dense, name)
     return [first, *(copy.deepcopy(first) for _ in range(count - 1))]
 
 

@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from llmq.integrations import architecture, tensor_file
 from llmq.integrations.directory import recover, replaced
 from llmq.integrations.experts import split_for
-from llmq.nn import CompressedLayer, QuantEmbedding, SparseLinear, empty_layer
+from llmq.nn import (
+    CompressedLayer,
+    LowRankLinear,
+    QuantEmbedding,
+    SparseLinear,
+    empty_layer,
+    linear_weight,
+)
 from llmq.nn.check import check_layer
 from llmq.report import LayerReport, ModelReport, Untouched
 from llmq.walk import set_attributes
@@ -74,6 +81,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         "versions": {name: _version(name) for name in ("llmq-kernels", "torch", "transformers")},
         **described,
         "layers": layers,
+        "low_rank": {n: m.rank for n, m in model.named_modules() if isinstance(m, LowRankLinear)},
         "module_attributes": getattr(model, "llmq_module_attributes", {}),
         "aliases": aliases,
         "buffers": buffers,
@@ -230,6 +238,7 @@ _FIELDS = {
     "implementations": dict,
     "generation_config": (dict, type(None)),
     "layers": dict,
+    "low_rank": dict,
     "module_attributes": dict,
     "aliases": dict,
     "buffers": dict,
@@ -270,6 +279,7 @@ def _read_description(file: Path) -> dict[str, Any]:
         )
     if description.get("sha256") != _digest(description):
         raise ValueError(f"{file} does not match its checksum: altered since it was saved")
+    description.setdefault("low_rank", {})  # written before there were any
     for name, kind in _FIELDS.items():
         if not isinstance(description.get(name, ...), kind):  # type: ignore[arg-type]
             raise ValueError(
@@ -291,6 +301,9 @@ def _skeleton(description: dict[str, Any], shapes: dict[str, list[int]], size: i
     model = architecture.build(
         description, numbers=numbers, tensors=8 * len(everything) + _SPARE_TENSORS
     )
+    for name, rank in description["low_rank"].items():
+        split_for(model, name)
+        _replace(model, name, _low_rank(model, name, rank))
     for name, config in layers.items():
         split_for(model, name)
         _replace(model, name, empty_layer(config))
@@ -324,6 +337,17 @@ def _check_layers(layers: dict[str, Any], shapes: dict[str, list[int]], numbers:
         numbers -= config[fields[0]] * config[fields[1]]
     if numbers < 0:
         raise ValueError("describes far larger layers than the tensors can make")
+
+
+def _low_rank(model: nn.Module, name: str, rank: Any) -> LowRankLinear:
+    try:
+        linear = model.get_submodule(name)
+        N, K = linear_weight(linear)[0].shape
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"describes no model: {name} is no linear layer") from error
+    if type(rank) is not int or not 0 < rank <= min(N, K):
+        raise ValueError(f"describes no model: {name} has rank {rank!r:.60}")
+    return LowRankLinear.empty(linear, rank)
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llmq.candidates import fits, make_layer, seconds_a_call
-from llmq.nn import QuantLinear, SparseLinear, linear_weight
+from llmq.candidates import fits, make_layer, parse, seconds_a_call
+from llmq.nn import LowRankLinear, QuantLinear, SparseLinear, linear_weight
 from llmq.sensitivity import Sensitivity, Unit
 
 FLOAT = "float"  # left alone
@@ -51,6 +51,7 @@ def measure(
     formats: tuple[str, ...],
     tokens: int,
     kept: Measured,
+    moments: Moments,
 ) -> list[list[Option]]:
     """Return the options of each unit; the first is to leave it alone.
 
@@ -60,6 +61,7 @@ def measure(
         formats: to choose among; those that do not fit a unit's shapes are left out.
         tokens: that a call is timed for.
         kept: KL measured before.
+        moments: of the inputs of each unit, where there are any.
     """
     shapes = [(*linear_weight(t.module)[0].shape,) for unit in units for t in unit.targets]
     layers = Counter(shapes)
@@ -67,7 +69,7 @@ def measure(
     with tqdm(units, desc="plan", unit="unit", delay=1, leave=False) as progress:
         for unit in progress:
             weights = [linear_weight(t.module)[0] for t in unit.targets]
-            fitting = tuple(f for f in formats if all(fits(f, *w.shape) for w in weights))
+            fitting = tuple(f for f in formats if _fit(unit, f, weights))
             times = Counter[str]()
             for weight in weights:
                 N, K = weight.shape
@@ -78,7 +80,7 @@ def measure(
             size = sum(_float_bytes(t.module) for t in unit.distinct())
             row = [Option(FLOAT, 0.0, times[FLOAT], size)]
             for name in fitting if unit.calls else ():
-                made = unit_layers(unit, name)
+                made = unit_layers(unit, name, moments)
                 kl = kept.get(unit, name)
                 if kl is None:
                     kl = sensitivity.kl(made, unit.targets)
@@ -90,13 +92,23 @@ def measure(
     return options
 
 
-def unit_layers(unit: Unit, name: str) -> dict[str, nn.Module]:
+Moments = dict[str, Tensor]  # Σ xᵀx of a unit's inputs [K, K], by the unit's name
+
+
+def _fit(unit: Unit, name: str, weights: list[Tensor]) -> bool:
+    # Factors of a weight that several layers share would have to be shared too.
+    shared = parse(name).low_rank and len(unit.distinct()) < len(unit.targets)
+    return not shared and all(fits(name, *weight.shape) for weight in weights)
+
+
+def unit_layers(unit: Unit, name: str, moments: Moments) -> dict[str, nn.Module]:
     """Return the unit's layers in format `name`, by target."""
-    return {target.name: make_layer(target.module, name) for target in unit.targets}
+    own = moments.get(unit.name)
+    return {target.name: make_layer(target.module, name, own) for target in unit.targets}
 
 
 def _bytes(layer: nn.Module) -> int:
-    assert isinstance(layer, (QuantLinear, SparseLinear))
+    assert isinstance(layer, (QuantLinear, SparseLinear, LowRankLinear))
     return layer.bytes()
 
 

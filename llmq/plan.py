@@ -13,21 +13,32 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llmq.candidates import parse
+from llmq.candidates import make_layer, parse
 from llmq.evaluate import WINDOW, batches_of
 from llmq.nn import CompressedLayer, linear_weight
-from llmq.options import FLOAT, Measured, Minimize, Option, costs, measure, solve, unit_layers
+from llmq.options import (
+    FLOAT,
+    Measured,
+    Minimize,
+    Moments,
+    Option,
+    costs,
+    measure,
+    solve,
+    unit_layers,
+)
 from llmq.prune import prune
 from llmq.quantize import quantize
-from llmq.sensitivity import Distance, Sensitivity, Unit, distance
-from llmq.walk import Target, check_weight, find
+from llmq.report import Change, attach, relative_error
+from llmq.sensitivity import Distance, Sensitivity, Unit, distance, input_moments
+from llmq.walk import Found, Target, check_weight, find, swap
 
 FORMATS = (
     "w8a8",
@@ -73,6 +84,7 @@ class Plan:
     tokens: int
     tries: int
     skipped: list[str] = field(default_factory=list)
+    moments: Moments = field(default_factory=dict, repr=False)  # of units that become low-rank
 
     @property
     def bytes_before(self) -> int:
@@ -115,23 +127,45 @@ class Plan:
         for name in planned:
             _check(present[name])
         formats = {choice.option.format for choice in self.choices} - {FLOAT}
-        for name in sorted(formats):
+        factored: set[str] = set()
+        for name in sorted(formats, key=lambda name: not parse(name).low_rank):
             taken = {n for c in self.choices if c.option.format == name for n in c.names}
+            wanted = parse(name)
+            if wanted.low_rank:
+                self._factor(model, name, {n: present[n] for n in sorted(taken)})
+                factored |= taken
+                continue
             # As shell patterns, which name one layer and nothing inside or outside of it.
             skip = tuple(f"[{n[0]}]{glob.escape(n[1:])}" for n in present.keys() - taken)
-            rate, scheme = parse(name)
-            if rate:
-                prune(model, rate, skip=skip)
-            quantize(model, scheme=scheme, skip=skip)
+            skip += tuple(f"[{n[0]}]{glob.escape(n[1:])}.*" for n in factored)
+            if wanted.sparse:
+                prune(model, wanted.sparse, skip=skip)
+            if wanted.scheme is not None:
+                quantize(model, scheme=wanted.scheme, skip=skip)
         return model
 
+    def _factor(self, model: nn.Module, format_: str, targets: dict[str, Target]) -> None:
+        titles = {name: choice.title for choice in self.choices for name in choice.names}
+        changes: dict[str, Change] = {}
+        for name, target in targets.items():
+            layer = make_layer(target.module, format_, self.moments[titles[name]])
+            weight, bias = linear_weight(target.module)
+            size = sum(t.numel() * t.element_size() for t in (weight, bias) if t is not None)
+            swap(model, Found(), [(target, layer)])
+            error = relative_error(weight, layer.dequantize())
+            changes[f"{name}.down"] = Change("low-rank", None, 0)
+            changes[f"{name}.up"] = Change("low-rank", error, size)
+        attach(model, changes, {})
+
     def to_json(self) -> str:
-        """Return everything as JSON."""
+        """Return everything as JSON, but what `apply` needs of the data."""
         totals = {
             name: getattr(self, name)
             for name in ("bytes_before", "bytes_after", "seconds_before", "seconds_after")
         }
-        return json.dumps({**asdict(self), **totals}, indent=1)
+        kept = asdict(replace(self, moments={}))
+        del kept["moments"]
+        return json.dumps({**kept, **totals}, indent=1)
 
     def __str__(self) -> str:
         rows = [("layers", "format", "KL alone", "us", "was", "bytes", "reason")]
@@ -190,7 +224,7 @@ def plan(
     """Choose a format for each linear layer of `model`, which stays as it is.
 
     Layers that share an input (q/k/v, gate/up) get one format. Formats round to nearest and prune
-    by magnitude.
+    by magnitude; factors are those that lose least for the data's inputs.
 
     Args:
         model: a language model or classifier, not compressed yet.
@@ -202,7 +236,8 @@ def plan(
         device: where to measure; None for where the model is.
         minimize: `"time"` (of one call of each layer), `"bytes"` of a checkpoint, or the sum of
             `"both"` as shares of the original's.
-        formats: names of schemes, or `"sparse N % SCHEME"`, among which to choose.
+        formats: names of schemes, `"sparse N % SCHEME"` or `"low-rank N % SCHEME"` (factors with N
+            % of the weight's numbers), or `… float`, among which to choose.
         tokens: that a call is timed for; 1 for decoding.
         skip: layers to leave alone, as in `llmq.quantize`.
         resume: a file that keeps what is measured, from which an interrupted plan goes on.
@@ -238,16 +273,21 @@ def plan(
         sensitivity = Sensitivity(model, probe)
         units = sensitivity.units(found.groups)
         kept = Measured(resume, model, probe, units)
-        options = measure(sensitivity, units, tuple(formats), tokens, kept)
+        factored = any(parse(name).low_rank for name in formats)
+        moments = input_moments(model, fit, units) if factored else {}
+        options = measure(sensitivity, units, tuple(formats), tokens, kept, moments)
         del sensitivity  # holds the logits and every block's output
-        choice, measured, tries = _choose(model, units, options, fit, held, bound, minimize)
+        choice, measured, tries = _choose(
+            model, units, options, fit, held, bound, minimize, moments
+        )
     finally:
         if device is not None:
             model.to(home)
     cost = costs(options, minimize)
     choices = [_reason(*parts) for parts in zip(units, options, cost, choice, strict=True)]
     skipped = sorted(f"{name}: {why}" for name, why in found.reasons.items())
-    return Plan(choices, bound, measured, tokens, tries, skipped)
+    taken = {c.title: moments[c.title] for c in choices if c.option.format.startswith("low-rank")}
+    return Plan(choices, bound, measured, tokens, tries, skipped, taken)
 
 
 def _bound(max_kl: float | None, max_perplexity_increase: float | None) -> tuple[str, float]:
@@ -295,6 +335,7 @@ def _choose(
     held: list[Any],
     bound: tuple[str, float],
     minimize: Minimize,
+    moments: Moments,
 ) -> tuple[list[int], Distance | None, int]:
     """Return the choice of the largest budget that keeps the bound as a whole, and its check."""
     kind, given = bound
@@ -309,7 +350,7 @@ def _choose(
         targets: list[Target] = []
         for unit, row, i in zip(units, options, choice, strict=True):
             if i:
-                layers.update(unit_layers(unit, row[i].format))
+                layers.update(unit_layers(unit, row[i].format, moments))
                 targets += unit.targets
         return distance(model, batches, layers, targets)
 

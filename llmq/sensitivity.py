@@ -146,6 +146,31 @@ class Sensitivity:
         return next((block for block in self._blocks if name.startswith(f"{block}.")), None)
 
 
+def input_moments(model: nn.Module, batches: list[Any], units: list[Unit]) -> dict[str, Tensor]:
+    """Return Σ xᵀx, float32 [K, K], of the inputs of each unit that is reached, by its name.
+
+    All units' are in memory at once, K² numbers each.
+    """
+    found: dict[str, Tensor] = {}
+    with inference(model), ExitStack() as stack:
+        for unit in units:
+
+            def add(_m: nn.Module, args: Any, kwargs: Any, name: str = unit.name) -> None:
+                x = (*args, *kwargs.values())[0]
+                x = x.reshape(-1, x.shape[-1]).float()
+                if name not in found:
+                    found[name] = x.new_zeros(x.shape[1], x.shape[1])
+                found[name].addmm_(x.T, x)
+
+            # One layer of a unit speaks for all: they share the input.
+            module = unit.targets[0].module
+            handle = module.register_forward_pre_hook(add, with_kwargs=True)
+            stack.callback(handle.remove)
+        for batch in progress(batches, "plan: inputs"):
+            _run(model, batch)
+    return found
+
+
 def distance(
     model: nn.Module,
     batches: list[Any],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmq.integrations import experts
 from llmq.integrations import transformers as hf
-from llmq.nn import CompressedLayer, QuantEmbedding, embedding_factor
+from llmq.nn import CompressedLayer, LowRankLinear, QuantEmbedding, embedding_factor
 
 Places = list[tuple[nn.Module, str]]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -229,7 +229,7 @@ def swap(model: nn.Module, found: Found, replacements: Iterable[tuple[Target, nn
                     experts.own_weights(module)
     for name, module in model.named_modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(
-            isinstance(child, CompressedLayer) for child in module.children()
+            isinstance(child, (CompressedLayer, LowRankLinear)) for child in module.children()
         ):
             # Its fused path would read the codes of linear1 and linear2 as if they were weights.
             set_attributes(model, name, {"activation_relu_or_gelu": 0})

@@ -162,7 +162,7 @@ def test_kl_with_blocks_replayed_is_that_of_the_whole_model(family: str) -> None
     batch = tokens(48)[None]
     sensitivity = Sensitivity(made, batch)
     for unit in sensitivity.units(find(made, None, embeddings=False).groups):
-        layers = planning.unit_layers(unit, "w4a16-g32")
+        layers = planning.unit_layers(unit, "w4a16-g32", {})
         found = sensitivity.kl(layers, unit.targets)
         changed = copy.deepcopy(made)
         for name, layer in layers.items():

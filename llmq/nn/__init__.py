@@ -2,6 +2,7 @@
 
 from llmq import ops as ops  # defines torch.ops.llmq
 from llmq.nn.layer import CompressedLayer, linear_weight
+from llmq.nn.low_rank_linear import LowRankLinear
 from llmq.nn.quant_embedding import QuantEmbedding, embedding_factor
 from llmq.nn.quant_linear import QuantLinear
 from llmq.nn.rebuild import empty_layer
@@ -9,6 +10,7 @@ from llmq.nn.sparse_linear import SparseLinear
 
 __all__ = [
     "CompressedLayer",
+    "LowRankLinear",
     "QuantEmbedding",
     "QuantLinear",
     "SparseLinear",
