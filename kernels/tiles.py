@@ -62,7 +62,7 @@ def _add_splits(
     inside = (n < N)[None, :]
     acc = tl.load(at, mask=inside, other=0)
     for _ in range(1, SPLITS):
-        at += M.to(tl.int64) * N
+        at += tl.num_programs(0).to(tl.int64) * N  # M, which would be a constant where it is 1
         acc += tl.load(at, mask=inside, other=0)
     store(y_ptr, finish(acc, m, n, M, N, x_scale_ptr, weight_scale_ptr, bias_ptr), m, n, M, N)
 
