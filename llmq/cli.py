@@ -1,4 +1,4 @@
-"""The command `llmq`: compress, eval, bench, doctor, demo."""
+"""The command `llmq`: compress, eval, bench, tune, doctor, demo."""
 
 from __future__ import annotations
 
@@ -80,6 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--scheme", action="append")
     bench.add_argument("--json", action="store_true")
     bench.set_defaults(run=_bench)
+
+    tune = commands.add_parser("tune", help="measure which tiles suit this GPU, and keep them")
+    tune.add_argument("--shape", action="append", metavar="NxK", help="instead of Llama-3-8B's")
+    tune.add_argument("--tokens", action="append", type=int, metavar="M")
+    tune.add_argument("--scheme", action="append")
+    tune.add_argument("--json", action="store_true")
+    tune.set_defaults(run=_tune)
 
     doctor = commands.add_parser("doctor", help="tell which parts work here, and why others do not")
     doctor.add_argument("--json", action="store_true")
@@ -224,6 +231,14 @@ def _bench(args: argparse.Namespace) -> None:
         print(json.dumps({"machine": bench.machine(), "tokens_per_second": speeds}, indent=1))
         return
     print(f"SmolLM2-135M\n{bench.speed_table(speeds)}")
+
+
+def _tune(args: argparse.Namespace) -> None:
+    from llmq import tune
+
+    shapes = tuple(_shape(text) for text in args.shape) if args.shape else tune.SHAPES
+    tuned = tune.tune(shapes, args.tokens or tune.TOKENS, args.scheme or tune.SCHEMES)
+    print(json.dumps(tuned.entries, indent=1) if args.json else tuned)
 
 
 def _shape(text: str) -> tuple[int, int]:

@@ -46,6 +46,12 @@ def pytest_sessionstart() -> None:
         pytest.exit(f"the compiled library that was built does not run: {problem}", returncode=1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep every n-th test from the i-th on where LLMQ_SHARD is `i/n`."""
+    shard, _, shards = os.environ.get("LLMQ_SHARD", "0/1").partition("/")
+    items[:] = items[int(shard) :: int(shards)]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _poisoned_memory() -> Iterator[None]:
     """Fill fresh tensors with NaN or the largest integer, so that what is not written shows."""

@@ -36,7 +36,7 @@ ORDER = (
         *("calibrate", "checkpoint", "compare", "doctor", "evaluate", "fine_tune", "plan"),
         *("prune", "quantize", "losses", "options", "sensitivity", "training"),
     ),
-    ("bench", "demo", "integrations.models"),  # what the commands are made of
+    ("bench", "demo", "integrations.models", "tune"),  # what the commands are made of
     ("cli",),
 )
 # The names of the public API, gathered; only what stands on top of the verbs may ask there.

@@ -137,7 +137,12 @@ class CompressedLayer(nn.Module):
         twins: dict[str, nn.Parameter | None] = dict.fromkeys(self._parameters)
         for name, tensor in self.canonical().items():
             parameter = self._parameters.get(name)
-            if parameter is not None and parameter.data_ptr() == tensor.data_ptr():
+            # A panel of a single group is a view of its canonical twin, but of other shape.
+            if (
+                parameter is not None
+                and parameter.shape == tensor.shape
+                and parameter.data_ptr() == tensor.data_ptr()
+            ):
                 twins[name] = parameter
                 continue
             twin = _twins[parameter]() if parameter is not None and parameter in _twins else None
