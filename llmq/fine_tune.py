@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Iterable, Sized
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from llmq.algorithms.reconstruct import reconstruct
 from llmq.algorithms.straight_through import Master
-from llmq.losses import Teacher
+from llmq.losses import Teacher, arguments
 from llmq.nn import QuantLinear, SparseLinear
 from llmq.training import History, Settings, train
 from llmq.walk import find
 
 DEFAULT_LR = 3e-4
 _LRS = {"full": DEFAULT_LR, "lora": 2e-3}
+_METHODS = (*_LRS, "reconstruct")
 
 
 class _Trained(NamedTuple):
@@ -67,7 +70,11 @@ def fine_tune(
             (`llmq/losses.py` has the formula).
         method: `"full"`; or `"lora"`, which trains an update of low rank of each linear layer,
             compressed or not, and nothing else: a few percent of the numbers for the optimizer to
-            keep. It passes mask and rounding as the weight does, and is merged at the end.
+            keep. It passes mask and rounding as the weight does, and is merged at the end. Or
+            `"reconstruct"`, which does not train: each compressed layer is fitted by least squares
+            to what the teacher's layer of that name gives, in the order in which they run, on all
+            batches at once, whose labels are not used (`llmq/algorithms/reconstruct.py`). Of the
+            other arguments it takes `train_data` and `teacher` alone.
         teacher_weight: share of the loss that the distance from the teacher makes, in [0, 1].
         hidden_weight: of the distance from the teacher's hidden states, added to the loss.
         rank: of the update with `"lora"`.
@@ -86,7 +93,8 @@ def fine_tune(
             training lies there, it goes on from it; the data must come in the same order.
 
     Returns:
-        The loss and learning rate of every step, and the validation losses.
+        The loss and learning rate of every step, and the validation losses; with
+        `"reconstruct"` as losses the squared error of each layer's outputs, as a share of them.
 
     Raises:
         ValueError: if an argument or a batch is unusable, nothing can be trained, a state in
@@ -98,8 +106,8 @@ def fine_tune(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if method not in _LRS:
-        raise ValueError(f"unknown method {method!r}; there is {', '.join(_LRS)}")
+    if method not in _METHODS:
+        raise ValueError(f"unknown method {method!r}; there is {', '.join(_METHODS)}")
     for name, value in (
         ("epochs", epochs),
         ("steps", steps),
@@ -121,6 +129,8 @@ def fine_tune(
     if dtype not in (None, torch.bfloat16):
         raise ValueError(f"dtype must be None or torch.bfloat16, got {dtype!r}")
     batches = _batches("train_data", train_data)
+    if method == "reconstruct":
+        return _reconstructed(model, batches, teacher)
     checks = None if validation is None else list(_batches("validation", validation))
     peak = _LRS[method] if lr is None else lr
     if not (isinstance(peak, (int, float)) and math.isfinite(peak) and peak > 0):
@@ -137,6 +147,34 @@ def fine_tune(
     return _trained(
         model, batches, settings, of, checks, checkpoint_dir, method, rank, learn_scales
     )
+
+
+def _reconstructed(model: nn.Module, batches: Iterable[Any], teacher: nn.Module | None) -> History:
+    """Fit the layers of `model`; it is as it was if that fails."""
+    if teacher is None:
+        raise ValueError('method="reconstruct" needs the original as teacher')
+    started = time.monotonic()
+    device = next(model.parameters()).device
+    calls = []
+    for batch in batches:
+        args, kwargs, _ = arguments(batch, device)
+        calls.append((args, {n: v for n, v in kwargs.items() if n != "labels" or _seq2seq(model)}))
+    layers = [m for m in model.modules() if isinstance(m, (QuantLinear, SparseLinear))]
+    if not layers:
+        raise ValueError("nothing to reconstruct: no compressed layer")
+    before = [(layer, {n: t.clone() for n, t in layer.state_dict().items()}) for layer in layers]
+    try:
+        errors = reconstruct(model, teacher, calls)
+    except BaseException:
+        for layer, tensors in before:
+            layer.load_state_dict(tensors)
+        raise
+    return History(losses=list(errors.values()), seconds=time.monotonic() - started)
+
+
+def _seq2seq(model: nn.Module) -> bool:
+    # Labels are what a decoder without inputs of its own is fed.
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _trained(

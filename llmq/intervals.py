@@ -2,8 +2,8 @@
 
 Tokens of one text resemble each other, so that what counts as one observation is a row of the data:
 a window, document or example. A mean over labels is then a ratio of sums over rows, whose standard
-error follows from its residuals (Cochran, Sampling Techniques, 1977, eq. 6.13; clustered standard
-errors in Miller, arXiv:2411.00640, eq. 4). Two models are compared row by row (paired).
+error follows from its residuals (Cochran, Sampling Techniques, 1977, chapter 6; clustered standard
+errors in Miller, arXiv:2411.00640). Two models are compared row by row (paired).
 """
 
 from __future__ import annotations
