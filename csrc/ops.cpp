@@ -18,6 +18,7 @@ STABLE_TORCH_LIBRARY_IMPL(llmq, CPU, library) {
   library.impl("weight_only_linear", TORCH_BOX(&llmq::weight_only_linear));
   library.impl("codebook_linear", TORCH_BOX(&llmq::codebook_linear));
   library.impl("bitmap_sparse_linear", TORCH_BOX(&llmq::bitmap_sparse_linear));
+  library.impl("decoder_layer", TORCH_BOX(&llmq::decoder_layer));
   library.impl("pack_panels", TORCH_BOX(&llmq::pack_panels));
   library.impl("unpack_panels", TORCH_BOX(&llmq::unpack_panels));
   library.impl("pack_bitmap_panels", TORCH_BOX(&llmq::pack_bitmap_panels));

@@ -27,6 +27,7 @@ ORDER = (
     ("dispatch",),
     ("gpu",),
     ("ops",),
+    ("decoder",),
     ("nn",),
     ("integrations",),
     ("blocks", "report", "walk"),

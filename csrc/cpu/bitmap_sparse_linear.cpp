@@ -193,7 +193,7 @@ void multiply_rows(const Tensor& weight, Dtype dtype, const uint8_t* mask, const
   });
 }
 
-Tensor float_values(const Rows& x, const Tensor& weight, const Tensor& weight_bitmask,
+Tensor float_values(const TensorRows& x, const Tensor& weight, const Tensor& weight_bitmask,
                     const Tensor& row_offsets, const OptionalTensor& bias) {
   const int64_t N = std::max<int64_t>(row_offsets.numel() - 1, 0);
   const Tensor values = as_contiguous(weight), bits = as_contiguous(weight_bitmask),
@@ -207,7 +207,7 @@ Tensor float_values(const Rows& x, const Tensor& weight, const Tensor& weight_bi
   const auto* mask = static_cast<const uint8_t*>(bits.const_data_ptr());
   const auto* offsets = static_cast<const int64_t*>(rows.const_data_ptr());
   for (int64_t m = 0; m < x.M; m += kMaxRows) {
-    const Result result(y, x, m, std::min(kMaxRows, x.M - m), N, biases);
+    const Result result(y.mutable_data_ptr(), x, m, std::min(kMaxRows, x.M - m), N, biases);
     multiply_rows(values, dtype, mask, offsets, x.K, float_rows(x, m, result.rows), result);
     result.store();
   }
@@ -220,7 +220,7 @@ Tensor bitmap_sparse_linear(const Tensor& x, const Tensor& weight, const Tensor&
                             const Tensor& row_offsets, const OptionalTensor& weight_scale,
                             const OptionalTensor& bias,
                             std::optional<int64_t> activation_group_size) {
-  const Rows rows = rows_of(kOp, x);
+  const TensorRows rows = rows_of(kOp, x);
   const bool codes = activation_group_size.has_value();
   const int64_t group = activation_group_size.value_or(0);
   check_group(kOp, group, rows.K);
@@ -251,7 +251,7 @@ Tensor bitmap_sparse_linear(const Tensor& x, const Tensor& weight, const Tensor&
 
   const int64_t pass = codes || K == 0 ? kMaxRows : kMaxRows / kDigits;
   for (int64_t m = 0; m < M; m += pass) {
-    const Result result(y, rows, m, std::min(pass, M - m), N, biases);
+    const Result result(y.mutable_data_ptr(), rows, m, std::min(pass, M - m), N, biases);
     if (codes || K == 0) {
       multiply(w, quantize(rows, m, result.rows, group), result.rows, group == 0 ? K : group,
                biases, result.y);

@@ -145,7 +145,7 @@ void run_float(const GroupedWeight& w, const Codebooks& codebooks, const Rows& x
 
 Tensor codebook_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_codebook,
                        const Tensor& weight_scale, const OptionalTensor& bias, int64_t bits) {
-  const Rows rows = rows_of(kOp, x);
+  const TensorRows rows = rows_of(kOp, x);
   const GroupedWeight w(kOp, weight, weight_scale, bits, rows.K);
   const int64_t M = rows.M, N = w.N, K = rows.K;
   const float* const table = float_data(kOp, "weight_codebook", weight_codebook);
@@ -161,7 +161,7 @@ Tensor codebook_linear(const Tensor& x, const Tensor& weight, const Tensor& weig
   const Codebooks codebooks(table, weight_codebook.size(0), bits);
   const bool digits = M == 1 && bits == 8 && codebooks.shared && codebook_int8_gemv() != nullptr;
   for (int64_t m = 0; m < M; m += kPassRows) {
-    const Result result(y, rows, m, std::min(kPassRows, M - m), N, biases);
+    const Result result(y.mutable_data_ptr(), rows, m, std::min(kPassRows, M - m), N, biases);
     if (!digits || K == 0 || !run_digits(w, codebooks, rows, result)) {
       run_float(w, codebooks, rows, m, result);
     }

@@ -42,6 +42,11 @@ static constexpr WeightOnlyPanelFn* weight_only_dequantize_avxvnni = weight_only
 static constexpr CodebookPanelFn *codebook_dequantize_avxvnni = codebook_dequantize_avx2,
                                  *codebook_gemv_avxvnni = codebook_gemv_avx2;
 static constexpr PanelGemmFn* panel_gemm_avxvnni = panel_gemm_avx2;
+static constexpr AttentionFn* attention_avxvnni = attention_avx2;
+static constexpr RmsNormFn* rms_norm_avxvnni = rms_norm_avx2;
+static constexpr SiluMulFn* silu_mul_avxvnni = silu_mul_avx2;
+static constexpr RopeFn* rope_avxvnni = rope_avx2;
+static constexpr AddRowsFn* add_rows_avxvnni = add_rows_avx2;
 #elif defined(__aarch64__)
 static constexpr CodebookInt8GemvFn *codebook_int8_gemv_neondot = nullptr,
                                     *codebook_int8_gemv_i8mm = nullptr;
@@ -60,6 +65,15 @@ static constexpr WeightOnlyPanelFn* weight_only_dequantize_i8mm = weight_only_de
 static constexpr CodebookPanelFn *codebook_dequantize_i8mm = codebook_dequantize_neondot,
                                  *codebook_gemv_i8mm = codebook_gemv_neondot;
 static constexpr PanelGemmFn* panel_gemm_i8mm = panel_gemm_neondot;
+static constexpr AttentionFn *attention_neondot = attention_portable,
+                             *attention_i8mm = attention_portable;
+static constexpr RmsNormFn *rms_norm_neondot = rms_norm_portable,
+                           *rms_norm_i8mm = rms_norm_portable;
+static constexpr SiluMulFn *silu_mul_neondot = silu_mul_portable,
+                           *silu_mul_i8mm = silu_mul_portable;
+static constexpr RopeFn *rope_neondot = rope_portable, *rope_i8mm = rope_portable;
+static constexpr AddRowsFn *add_rows_neondot = add_rows_portable,
+                           *add_rows_i8mm = add_rows_portable;
 #endif
 
 LLMQ_FAMILY(ConvertRowsFn, to_float)
@@ -77,6 +91,11 @@ LLMQ_FAMILY(CodebookPanelFn, codebook_dequantize)
 LLMQ_FAMILY(CodebookPanelFn, codebook_gemv)
 LLMQ_FAMILY(CodebookInt8GemvFn, codebook_int8_gemv)
 LLMQ_FAMILY(PanelGemmFn, panel_gemm)
+LLMQ_FAMILY(AttentionFn, attention)
+LLMQ_FAMILY(RmsNormFn, rms_norm)
+LLMQ_FAMILY(SiluMulFn, silu_mul)
+LLMQ_FAMILY(RopeFn, rope)
+LLMQ_FAMILY(AddRowsFn, add_rows)
 
 // AVX2 multiplies int8 at half the rate of floats once the weights' conversion is shared. With
 // AVX-VNNI, 4096×4096 took 0.4 times as long split as in floats for 4 tokens, 0.7 times (8 bits) and

@@ -22,5 +22,10 @@ CodebookPanelFn* codebook_dequantize();
 CodebookPanelFn* codebook_gemv();
 CodebookInt8GemvFn* codebook_int8_gemv();  // null where look-ups of bytes are no faster
 PanelGemmFn* panel_gemm();
+AttentionFn* attention();
+RmsNormFn* rms_norm();
+SiluMulFn* silu_mul();
+RopeFn* rope();
+AddRowsFn* add_rows();
 
 }  // namespace llmq

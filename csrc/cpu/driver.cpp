@@ -73,10 +73,10 @@ Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-Rows rows_of(const char* op, const Tensor& x) {
+TensorRows rows_of(const char* op, const Tensor& x) {
   const int64_t dim = x.dim();
   LLMQ_CHECK(dim >= 1, op, "x must have at least one dimension, got a scalar");
-  Rows rows{as_contiguous(x), nullptr, float_dtype(op, "x", x), 1, x.size(dim - 1)};
+  TensorRows rows{{nullptr, float_dtype(op, "x", x), 1, x.size(dim - 1)}, as_contiguous(x)};
   for (int64_t i = 0; i + 1 < dim; ++i) rows.M *= x.size(i);
   rows.data = static_cast<const char*>(rows.tensor.const_data_ptr());
   return rows;
@@ -97,7 +97,7 @@ Tensor empty(const int64_t* sizes, int64_t dim, ScalarType type) {
   return Tensor(handle);
 }
 
-Tensor empty_output(const Rows& x, int64_t N) {
+Tensor empty_output(const TensorRows& x, int64_t N) {
   int64_t sizes[64];
   const int64_t dim = x.tensor.dim();
   LLMQ_CHECK(dim <= 64, "empty", "at most 64 dimensions, got ", dim);

@@ -46,6 +46,19 @@ enum class Slot : int {
   tile_scale,
   tile_sum,
   panel,
+  // decoder_layer's own, which the linear layers that it calls leave alone
+  residual,
+  normed,
+  query,
+  key,
+  value,
+  mask,
+  attended,
+  attention,
+  gate,
+  up,
+  product,
+  norm_weight,
   count
 };
 
@@ -56,9 +69,8 @@ T* scratch(Slot slot, int64_t count) {
   return static_cast<T*>(scratch_bytes(slot, count * static_cast<int64_t>(sizeof(T))));
 }
 
-// x [..., K] as contiguous rows [M, K].
+// Contiguous rows [M, K].
 struct Rows {
-  Tensor tensor;  // x, or its contiguous copy
   const char* data;
   Dtype dtype;
   int64_t M, K;
@@ -67,9 +79,14 @@ struct Rows {
   const void* row(int64_t m) const { return data + m * K * element_size(); }
 };
 
-Rows rows_of(const char* op, const Tensor& x);
+// The rows of x [..., K], which lie in x or its contiguous copy.
+struct TensorRows : Rows {
+  Tensor tensor;
+};
+
+TensorRows rows_of(const char* op, const Tensor& x);
 Tensor empty(const int64_t* sizes, int64_t dim, ScalarType type);
-Tensor empty_output(const Rows& x, int64_t N);  // [..., N] in x's dtype
+Tensor empty_output(const TensorRows& x, int64_t N);  // [..., N] in x's dtype
 
 Dtype float_dtype(const char* op, const char* name, const Tensor& tensor);        // or throws
 const float* float_data(const char* op, const char* name, const Tensor& tensor);  // checks f32
@@ -130,6 +147,22 @@ void check_group(const char* op, int64_t group_size, int64_t K);
 // int8_gemm for groups that end inside a block of 4 inputs, which no microkernel takes: right,
 // slow.
 void int8_gemm_any_group(const Int8Gemm& g, int64_t K, int64_t group);
+
+// The weight of int8_linear, as panels8.
+struct Int8Weight {
+  Int8Weight(const char* op, const Tensor& weight, const Tensor& weight_scale, int64_t K);
+
+  const uint8_t* panels;
+  const float* scale;  // [N]
+  int64_t N, K;
+};
+
+// y [tokens, y_stride] of outputs n … n + count, on the calling thread; 16 divides n.
+void int8_columns(const Int8Weight& w, const float* bias, const Activations& a, int64_t tokens,
+                  int64_t n, int64_t count, float* y, int64_t y_stride);
+// y [tokens, N], on all threads where it pays.
+void int8_product(const Int8Weight& w, const float* bias, const Activations& a, int64_t tokens,
+                  float* y);
 
 // Packs canonical codes [N, K] (int8) or [N, ceil(K/2)] (nibbles) into panels; in pack.cpp.
 void pack_panels8(const uint8_t* codes, int64_t N, int64_t K, uint8_t* packed);

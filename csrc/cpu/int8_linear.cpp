@@ -35,54 +35,67 @@ void int8_gemm_any_group(const Int8Gemm& g, int64_t K, int64_t group) {
   }
 }
 
+Int8Weight::Int8Weight(const char* op, const Tensor& weight, const Tensor& weight_scale, int64_t K)
+    : K(K) {
+  LLMQ_CHECK(weight_scale.dim() == 2 && weight_scale.size(1) == 1, op,
+             "weight_scale must be [N, 1]; weight_only_linear takes groups");
+  N = weight_scale.size(0);
+  panels = llmq::panels(op, weight, 8, N, K);
+  scale = float_data(op, "weight_scale", weight_scale);
+}
+
+void int8_columns(const Int8Weight& w, const float* bias, const Activations& a, int64_t tokens,
+                  int64_t n, int64_t count, float* y, int64_t y_stride) {
+  const int64_t K4 = ceil_div(w.K, 4), group = a.groups == 0 ? w.K : w.K / a.groups;
+  const Int8Gemm gemm{.weight = w.panels + n * K4 * 4,
+                      .x = a.codes,
+                      .x_stride = a.stride,
+                      .x_scale = a.scale,
+                      .x_offset = a.offset,
+                      .weight_scale = w.scale + n,
+                      .bias = bias == nullptr ? nullptr : bias + n,
+                      .y = y,
+                      .y_stride = y_stride,
+                      .M = tokens,
+                      .N = count,
+                      .K4 = K4,
+                      .groups = a.groups};
+  if (a.groups == 1 || group % 4 == 0) {
+    int8_gemm()(gemm);
+  } else {
+    int8_gemm_any_group(gemm, w.K, group);
+  }
+}
+
+void int8_product(const Int8Weight& w, const float* bias, const Activations& a, int64_t tokens,
+                  float* y) {
+  constexpr int64_t kColumns = kPanels * kPanel;
+  parallel_units(ceil_div(w.N, kColumns), tokens * w.K * kColumns, kGrain,
+                 [&](int64_t begin, int64_t end) {
+                   const int64_t n = begin * kColumns, count = std::min(w.N, end * kColumns) - n;
+                   int8_columns(w, bias, a, tokens, n, count, y + n, w.N);
+                 });
+}
+
 Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                    const OptionalTensor& bias, int64_t activation_group_size) {
-  const Rows rows = rows_of(kOp, x);
-  LLMQ_CHECK(weight_scale.dim() == 2 && weight_scale.size(1) == 1, kOp,
-             "weight_scale must be [N, 1]; weight_only_linear takes groups");
-  const int64_t M = rows.M, N = weight_scale.size(0), K = rows.K, K4 = ceil_div(K, 4);
-  check_group(kOp, activation_group_size, K);
-  const uint8_t* const weights = panels(kOp, weight, 8, N, K);
-  const float* const scales = float_data(kOp, "weight_scale", weight_scale);
+  const TensorRows rows = rows_of(kOp, x);
+  const Int8Weight w(kOp, weight, weight_scale, rows.K);
+  const int64_t M = rows.M, N = w.N;
+  check_group(kOp, activation_group_size, rows.K);
   const float* const biases = float_bias(kOp, bias, N);
   const Tensor out = empty_output(rows, N);
   if (M == 0 || N == 0) return out;
-  announce(kOp, M, N, K);
+  announce(kOp, M, N, rows.K);
 
-  const int64_t group = activation_group_size;
-  const bool blocks = group == 0 || group == K || group % 4 == 0;
-  Int8GemmFn* const kernel = int8_gemm();
   char* const y = static_cast<char*>(out.mutable_data_ptr());
-
   for (int64_t m = 0; m < M; m += kMaxTokens) {
     const int64_t tokens = std::min(kMaxTokens, M - m);
-    const Activations a = quantize(rows, m, tokens, group);
+    const Activations a = quantize(rows, m, tokens, activation_group_size);
     char* const target = y + m * N * rows.element_size();
     float* const result = rows.dtype == Dtype::f32 ? reinterpret_cast<float*>(target)
                                                    : scratch<float>(Slot::y, tokens * N);
-    const auto run = [&](int64_t begin, int64_t end) {
-      const int64_t n = begin * kPanels * kPanel;
-      const Int8Gemm gemm{.weight = weights + n * K4 * 4,
-                          .x = a.codes,
-                          .x_stride = a.stride,
-                          .x_scale = a.scale,
-                          .x_offset = a.offset,
-                          .weight_scale = scales + n,
-                          .bias = biases == nullptr ? nullptr : biases + n,
-                          .y = result + n,
-                          .y_stride = N,
-                          .M = tokens,
-                          .N = std::min(N, end * kPanels * kPanel) - n,
-                          .K4 = K4,
-                          .groups = a.groups};
-      if (blocks) {
-        kernel(gemm);
-      } else {
-        int8_gemm_any_group(gemm, K, group);
-      }
-    };
-    const int64_t products = tokens * K * kPanels * kPanel;
-    parallel_units(ceil_div(N, kPanels * kPanel), products, kGrain, run);
+    int8_product(w, biases, a, tokens, result);
     if (rows.dtype != Dtype::f32) store_rows(result, N, target, rows.dtype, tokens, N);
   }
   return out;

@@ -225,4 +225,66 @@ struct PanelGemm {
 using PanelGemmFn = void(const PanelGemm&);
 PanelGemmFn panel_gemm_portable, panel_gemm_avx2, panel_gemm_avx512vnni, panel_gemm_neondot;
 
+// attention over float keys and values, for queries that share a head of them
+// out[q] = Σ_s softmax_s(scaling · query[q] · key[s] + mask[q, s]) · value[s] over s < visible[q]
+inline constexpr int64_t kAttentionLanes = 32;  // queries of a tile
+inline constexpr int64_t kAttentionKeys = 112;  // room for the scores of that many keys
+struct AttentionTile {
+  const float* keys;    // [max of visible, stride]
+  const float* values;  // likewise
+  int64_t stride, D;
+  const float* const* query;  // [lanes] rows of D
+  float* const* out;          // [lanes] rows of D
+  const int64_t* visible;     // [lanes] at least 1
+  const float* const* mask;   // [lanes] rows to be added to the scores, or null
+  int64_t lanes;
+  float scaling;
+  float* scratch;  // [attention_scratch(D)]
+};
+constexpr int64_t attention_scratch(int64_t D) {
+  return (2 * D + kAttentionKeys) * kAttentionLanes;
+}
+using AttentionFn = void(const AttentionTile&);
+AttentionFn attention_portable, attention_avx2, attention_avx512vnni;
+
+// rms_norm: y = x / sqrt(mean(x²) + eps) · weight; y may be x
+struct RmsNorm {
+  const float* x;  // [rows, x_stride]
+  int64_t x_stride;
+  const float* weight;  // [K]
+  float eps;
+  float* y;  // [rows, y_stride]
+  int64_t y_stride, rows, K;
+};
+using RmsNormFn = void(const RmsNorm&);
+RmsNormFn rms_norm_portable, rms_norm_avx2, rms_norm_avx512vnni;
+
+// silu_mul: y = gate / (1 + e^-gate) · up
+struct SiluMul {
+  const float *gate, *up;  // [rows, stride]
+  int64_t stride;
+  float* y;  // [rows, y_stride]
+  int64_t y_stride, rows, columns;
+};
+using SiluMulFn = void(const SiluMul&);
+SiluMulFn silu_mul_portable, silu_mul_avx2, silu_mul_avx512vnni;
+
+// rope: heads of one token turned in place, x · cos + rotate_half(x) · sin, D even
+struct Rope {
+  float* x;                // [heads, D]
+  const float *cos, *sin;  // [D]
+  int64_t heads, D;
+};
+using RopeFn = void(const Rope&);
+RopeFn rope_portable, rope_avx2, rope_avx512vnni;
+
+// add_rows: y = a + b
+struct AddRows {
+  const float *a, *b;
+  float* y;
+  int64_t count;
+};
+using AddRowsFn = void(const AddRows&);
+AddRowsFn add_rows_portable, add_rows_avx2, add_rows_avx512vnni;
+
 }  // namespace llmq

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace llmq {
 
@@ -30,6 +31,15 @@ Tensor bitmap_sparse_linear(const Tensor& x, const Tensor& weight, const Tensor&
                             const Tensor& row_offsets, const OptionalTensor& weight_scale,
                             const OptionalTensor& bias,
                             std::optional<int64_t> activation_group_size);
+
+Tensor decoder_layer(const Tensor& x, const std::vector<Tensor>& norms, const Tensor& cos,
+                     const Tensor& sin, const Tensor& keys, const Tensor& values,
+                     const OptionalTensor& mask, const std::vector<Tensor>& weights,
+                     const std::vector<Tensor>& weight_scales,
+                     const std::vector<Tensor>& weight_zero_points,
+                     const std::vector<Tensor>& biases, const std::vector<int64_t>& bits,
+                     const std::vector<int64_t>& activation_groups, int64_t start, double eps,
+                     double scaling);
 
 Tensor pack_panels(const Tensor& weight, int64_t bits);
 Tensor unpack_panels(const Tensor& packed, int64_t bits, int64_t N, int64_t K);

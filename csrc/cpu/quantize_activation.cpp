@@ -6,7 +6,7 @@ namespace llmq {
 
 std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x, int64_t group_size) {
   constexpr const char* op = "quantize_activation";
-  const Rows rows = rows_of(op, x);
+  const TensorRows rows = rows_of(op, x);
   const int64_t K = rows.K;
   check_group(op, group_size, K);
   const int64_t group = group_size == 0 ? K : group_size;

@@ -21,9 +21,8 @@ GroupedWeight::GroupedWeight(const char* op, const Tensor& weight, const Tensor&
   codes = llmq::panels(op, weight, bits, N, K);
 }
 
-Result::Result(const Tensor& out, const Rows& x, int64_t m, int64_t rows, int64_t N,
-               const float* bias)
-    : target(static_cast<char*>(out.mutable_data_ptr()) + m * N * x.element_size()),
+Result::Result(void* out, const Rows& x, int64_t m, int64_t rows, int64_t N, const float* bias)
+    : target(static_cast<char*>(out) + m * N * x.element_size()),
       y(x.dtype == Dtype::f32 ? reinterpret_cast<float*>(target)
                               : scratch<float>(Slot::y, rows * N)),
       bias(bias),

@@ -36,7 +36,7 @@ struct GroupedWeight {
 
 // y [rows, N] of one pass in float32: the output itself, or scratch that `store` converts into it.
 struct Result {
-  Result(const Tensor& y, const Rows& x, int64_t m, int64_t rows, int64_t N, const float* bias);
+  Result(void* y, const Rows& x, int64_t m, int64_t rows, int64_t N, const float* bias);
   void store() const;
   // Adds the `digits` rows of each token of a panel's tile and the bias, and writes the tokens.
   void put(const float* tile, int64_t digits, int64_t token, int64_t tokens, int64_t panel) const;
@@ -47,6 +47,18 @@ struct Result {
   Dtype dtype;
   int64_t rows, N;
 };
+
+// The weight of weight_only_linear.
+struct WeightOnly : GroupedWeight {
+  WeightOnly(const char* op, const Tensor& weight, const Tensor& weight_scale,
+             const OptionalTensor& weight_zero_point, int64_t bits, int64_t K);
+
+  const int8_t* zero_point;  // in panels where the scales are, or null
+};
+
+// y [M, N] in x's dtype; x_group as weight_only_linear's activation_group_size.
+void weight_only_product(const WeightOnly& w, const float* bias, const Rows& x,
+                         std::optional<int64_t> x_group, void* y);
 
 inline constexpr int64_t kGrain = 1 << 20;  // products that one thread takes before a second helps
 

@@ -15,10 +15,6 @@ constexpr const char* kOp = "weight_only_linear";
 // 255 · 127 · 2^14 < 2^29: the int32 dot of a segment of that many inputs cannot overflow.
 constexpr int64_t kLongestSegment = 1 << 14;
 
-struct Weight : GroupedWeight {
-  const int8_t* zero_point;  // in panels where the scales are, or null
-};
-
 // A panel with its scales and zero points turned into Slot::panel of this thread.
 struct Panel {
   const uint8_t* weight;
@@ -26,7 +22,7 @@ struct Panel {
   const int32_t* zero;
 };
 
-Panel prepare(const Weight& w, int64_t panel) {
+Panel prepare(const WeightOnly& w, int64_t panel) {
   float* const scale = scratch<float>(Slot::panel, 2 * w.groups * kPanel);
   auto* const zero = reinterpret_cast<int32_t*>(scale + w.groups * kPanel);
   const int64_t first = panel * kPanel;
@@ -41,7 +37,7 @@ Panel prepare(const Weight& w, int64_t panel) {
   return {w.panel(panel), w.in_panels ? source : scale, zero};
 }
 
-void run_codes(const Weight& w, const Codes& c, int64_t segment, const Result& result) {
+void run_codes(const WeightOnly& w, const Codes& c, int64_t segment, const Result& result) {
   const Tiles tiles(c.tokens, kTile / c.digits);
   const CodeTiles x = code_tiles(c, tiles, w.K, segment);
   const bool blocks = x.segments == 1 || segment % w.block() == 0;
@@ -75,7 +71,7 @@ void run_codes(const Weight& w, const Codes& c, int64_t segment, const Result& r
 }
 
 // Floats as three int8 digits. Returns false, having done nothing, where they cannot hold x.
-bool run_split(const Weight& w, const Rows& x, int64_t m, const Result& result) {
+bool run_split(const WeightOnly& w, const Rows& x, int64_t m, const Result& result) {
   const int64_t segment = segment_of(w.K, w.group(), w.K, kSplitSegment);
   if (w.groups > 1 && segment % w.block() != 0) return false;
   const std::optional<Codes> digits = split_floats(x, m, result.rows, segment);
@@ -83,7 +79,7 @@ bool run_split(const Weight& w, const Rows& x, int64_t m, const Result& result) 
   return digits.has_value();
 }
 
-void run_float(const Weight& w, const Rows& x, int64_t m, const Result& result) {
+void run_float(const WeightOnly& w, const Rows& x, int64_t m, const Result& result) {
   const bool blocks = w.groups == 1 || w.group() % w.block() == 0;
   WeightOnlyPanelFn* const gemv = blocks ? weight_only_gemv() : weight_only_gemv_portable;
   WeightOnlyPanelFn* const dequantize =
@@ -107,46 +103,53 @@ void run_float(const Weight& w, const Rows& x, int64_t m, const Result& result) 
 
 }  // namespace
 
-Tensor weight_only_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                          const OptionalTensor& weight_zero_point, const OptionalTensor& bias,
-                          int64_t bits, std::optional<int64_t> activation_group_size) {
-  const Rows rows = rows_of(kOp, x);
-  Weight w{{kOp, weight, weight_scale, bits, rows.K}, nullptr};
-  const int64_t M = rows.M, N = w.N, K = rows.K;
-  if (weight_zero_point.has_value()) {
-    const Tensor& zero = *weight_zero_point;
-    bool same = zero.dim() == weight_scale.dim();
-    for (int64_t i = 0; same && i < zero.dim(); ++i) same = zero.size(i) == weight_scale.size(i);
-    LLMQ_CHECK(same && zero.scalar_type() == ScalarType::Char && zero.is_contiguous(), kOp,
-               "weight_zero_point must be contiguous int8 of weight_scale's shape");
-    w.zero_point = static_cast<const int8_t*>(zero.const_data_ptr());
-  }
-  const int64_t x_group = activation_group_size.value_or(0);
-  check_group(kOp, x_group, K);
-  const float* const biases = float_bias(kOp, bias, N);
-  const Tensor y = empty_output(rows, N);
-  if (M == 0 || N == 0) return y;
-  announce(kOp, M, N, K);
+WeightOnly::WeightOnly(const char* op, const Tensor& weight, const Tensor& weight_scale,
+                       const OptionalTensor& weight_zero_point, int64_t bits, int64_t K)
+    : GroupedWeight(op, weight, weight_scale, bits, K), zero_point(nullptr) {
+  if (!weight_zero_point.has_value()) return;
+  const Tensor& zero = *weight_zero_point;
+  bool same = zero.dim() == weight_scale.dim();
+  for (int64_t i = 0; same && i < zero.dim(); ++i) same = zero.size(i) == weight_scale.size(i);
+  LLMQ_CHECK(same && zero.scalar_type() == ScalarType::Char && zero.is_contiguous(), op,
+             "weight_zero_point must be contiguous int8 of weight_scale's shape");
+  zero_point = static_cast<const int8_t*>(zero.const_data_ptr());
+}
 
-  const bool codes = activation_group_size.has_value(), split = M <= split_tokens();
+void weight_only_product(const WeightOnly& w, const float* bias, const Rows& x,
+                         std::optional<int64_t> x_group, void* y) {
+  const int64_t N = w.N, K = x.K;
+  const bool codes = x_group.has_value(), split = x.M <= split_tokens();
   const int64_t pass = !codes && split ? kPassRows / 3 : kPassRows;
-  for (int64_t m = 0; m < M; m += pass) {
-    const Result result(y, rows, m, std::min(pass, M - m), N, biases);
+  for (int64_t m = 0; m < x.M; m += pass) {
+    const Result result(y, x, m, std::min(pass, x.M - m), N, bias);
     if (K == 0) {
       const float nothing[kPanel] = {};
       for (int64_t i = 0; i < result.rows * ceil_div(N, kPanel); ++i) {
         result.put(nothing, 1, i % result.rows, 1, i / result.rows);
       }
     } else if (codes) {
-      const Activations a = quantize(rows, m, result.rows, x_group);
-      const int64_t group = x_group == 0 ? K : x_group;
+      const Activations a = quantize(x, m, result.rows, *x_group);
+      const int64_t group = *x_group == 0 ? K : *x_group;
       run_codes(w, {a.codes, a.stride, a.scale, a.offset, a.groups, group, result.rows, 1},
                 segment_of(K, w.group(), group, kLongestSegment), result);
-    } else if (!split || !run_split(w, rows, m, result)) {
-      run_float(w, rows, m, result);
+    } else if (!split || !run_split(w, x, m, result)) {
+      run_float(w, x, m, result);
     }
     result.store();
   }
+}
+
+Tensor weight_only_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                          const OptionalTensor& weight_zero_point, const OptionalTensor& bias,
+                          int64_t bits, std::optional<int64_t> activation_group_size) {
+  const TensorRows rows = rows_of(kOp, x);
+  const WeightOnly w(kOp, weight, weight_scale, weight_zero_point, bits, rows.K);
+  check_group(kOp, activation_group_size.value_or(0), rows.K);
+  const float* const biases = float_bias(kOp, bias, w.N);
+  const Tensor y = empty_output(rows, w.N);
+  if (rows.M == 0 || w.N == 0) return y;
+  announce(kOp, rows.M, w.N, rows.K);
+  weight_only_product(w, biases, rows, activation_group_size, y.mutable_data_ptr());
   return y;
 }
 
