@@ -96,9 +96,12 @@ def _instruction(arch: int, config: configs.Config, integer: bool) -> str:
 def cases(arch: int, quick: bool) -> Iterator[Case]:
     """Give every kernel in every tile for the GPU; `quick`: for each kernel the last one."""
     integers = functools.partial(torch.zeros, dtype=torch.int8)
+
+    def tokens(config: configs.Config) -> int:
+        return 1 if config.BLOCK_M == 16 else 256  # 1 is compiled into a kernel, unlike others
+
     weight, packed = integers(N, K), integers(N, K // 2)
     dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16, torch.float32)
-    row_dtypes = dtypes[::2]
 
     def tiles(family: str, group: int = 0) -> Iterator[configs.Config]:
         rows = configs.TILES[family][configs.generation(divmod(arch, 10))]
@@ -107,11 +110,10 @@ def cases(arch: int, quick: bool) -> Iterator[Case]:
                 continue
             splitting = family in configs.SPLITTING and at < 2 and not quick
             for splits in (1, 4) if splitting else (1,):
-                config = configs.replace(config, SPLITS=splits)
-                yield configs.within_group(config, group)
+                yield configs.within_group(configs.replace(config, SPLITS=splits), group)
 
-    for size in (1024,) if quick else (64, 1024, 4096, 28672):
-        for dtype in row_dtypes:
+    for size in (1024,) if quick else (64, 4096, 28672):
+        for dtype in dtypes[::2] if size == 4096 else dtypes[:1]:
             x = torch.zeros(256, size, dtype=dtype)
             launch = functools.partial(quantize_rows.quantize_activation, x)
             yield Case(f"quantize_activation {size} {_short(dtype)}", None, launch, None)
@@ -119,43 +121,52 @@ def cases(arch: int, quick: bool) -> Iterator[Case]:
             yield Case(f"rms_norm_quantize {size} {_short(dtype)}", None, launch, None)
 
     for config in tiles("int8_gemm"):
-        x = integers(256, K)
-        scales = (torch.zeros(256, 1), weight, torch.zeros(N, 1), torch.zeros(N))
+        M = tokens(config)
+        x = integers(M, K)
+        scales = (torch.zeros(M, 1), weight, torch.zeros(N, 1), torch.zeros(N))
         launch = functools.partial(int8_gemm.int8_gemm, x, *scales, torch.bfloat16, config=config)
         yield Case("int8 w8a8", config, launch, _instruction(arch, config, True))
     for bits, group in ((8, 64), (4, 32), (4, 128)):
         for config in tiles("grouped_int8_gemm", group):
-            G = K // group
+            G, M = K // group, tokens(config)
             zero = None if bits == 8 else integers(N, G)
             launch = functools.partial(
                 int8_gemm.grouped_int8_gemm,
-                *(integers(256, K), torch.zeros(256, G), weight if bits == 8 else packed),
+                *(integers(M, K), torch.zeros(M, G), weight if bits == 8 else packed),
                 *(torch.zeros(N, 1 if bits == 8 else G), zero, None, torch.bfloat16, bits, config),
             )
             expect = _instruction(arch, config, True)
             yield Case(f"int8 w{bits}a8-g{group}", config, launch, expect)
     for dtype in dtypes:
-        x = torch.zeros(256, K, dtype=dtype)
-        for bits, group in ((8, 0), (4, 32), (4, 128)):
+        both = ((8, 0), (4, 128))
+        for bits, group in both if dtype != torch.bfloat16 else (*both, (4, 32)):
             for config in tiles("weight_only_gemm", group):
                 G = K // (group or K)
                 zero = integers(N, G) if group else None
                 codes = weight if bits == 8 else packed
                 launch = functools.partial(
                     weight_only_gemm.float_gemm,
-                    *(x, codes, torch.zeros(N, G), zero, None, None, bits, config),
+                    *(
+                        _x(tokens(config), dtype),
+                        codes,
+                        torch.zeros(N, G),
+                        zero,
+                        None,
+                        None,
+                        bits,
+                        config,
+                    ),
                 )
                 name = f"weight_only w{bits}a16{f'-g{group}' if group else ''} {_short(dtype)}"
                 expect = _instruction(arch, config, False)
                 yield Case(name, config, launch, expect)
-    x = torch.zeros(256, K, dtype=torch.bfloat16)
     for bits in (8, 4):
         for config in tiles("weight_only_gemm"):
             table = torch.zeros(1, 2**bits)
             codes = weight if bits == 8 else packed
             launch = functools.partial(
                 weight_only_gemm.float_gemm,
-                *(x, codes, torch.zeros(N, 1), None, table, None, bits, config),
+                *(_x(tokens(config)), codes, torch.zeros(N, 1), None, table, None, bits, config),
             )
             yield Case(f"codebook {bits} bits", config, launch, _instruction(arch, config, False))
     # A size of 1 is a constant to Triton, which kernels must bear; splits, as decoding has them.
@@ -175,12 +186,14 @@ def cases(arch: int, quick: bool) -> Iterator[Case]:
         scale = torch.zeros(N, 1)
         blocks, bits_ = block.encode(weight, (128, 128), kept), bitmap.encode(weight, kept)
         for config in tiles("block_sparse_gemm"):
+            x = _x(tokens(config))
             launch = functools.partial(
                 block_sparse_gemm.block_sparse_linear, x, *blocks, scale, None, group, config
             )
             expect = _instruction(arch, config, group is not None)
             yield Case(f"block_sparse {form}", config, launch, expect)
         for config in tiles("bitmap_gemm"):
+            x = _x(tokens(config))
             launch = functools.partial(
                 bitmap_gemm.bitmap_sparse_linear, x, *bits_, scale, None, group, config
             )
@@ -191,6 +204,10 @@ def cases(arch: int, quick: bool) -> Iterator[Case]:
                 bitmap_gemm.semi_structured_linear, x, *pairs, scale, None, group, config
             )
             yield Case(f"2:4 {form}", config, launch, expect)
+
+
+def _x(M: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(M, K, dtype=dtype)
 
 
 def _short(dtype: torch.dtype) -> str:

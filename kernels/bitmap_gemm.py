@@ -117,7 +117,7 @@ def _sparse_linear(
     codes, x_scale = inputs(x, activation_group_size, group % config.BLOCK_K == 0)
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     _sparse_gemm[config.grid(M, N)](
-        *(codes, x_scale, weight.contiguous(), mask.contiguous(), row_offsets),
+        *(codes, x_scale, weight, mask, row_offsets),
         *(weight_scale, bias, y, M, N, K, codes.stride(0)),
         1 if x_scale is None else x_scale.shape[1],
         group or K,

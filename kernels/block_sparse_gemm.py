@@ -97,7 +97,6 @@ def block_sparse_linear(
     config: Config | None = None,
 ) -> Tensor:
     """Compute `torch.ops.llmq.block_sparse_linear` of x [..., K]."""
-    weight = weight.contiguous()
     R, C = weight.shape[1:]
     N = (block_offsets.shape[0] - 1) * R
     M, K = x.numel() // x.shape[-1], x.shape[-1]

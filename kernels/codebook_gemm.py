@@ -24,5 +24,4 @@ def codebook_linear(
     bits: int = 8,
 ) -> Tensor:
     """Compute `torch.ops.llmq.codebook_linear` of x [..., K]."""
-    codebook = weight_codebook.contiguous()
-    return float_gemm(x, weight, weight_scale.contiguous(), None, codebook, bias, bits)
+    return float_gemm(x, weight, weight_scale, None, weight_codebook, bias, bits)

@@ -236,7 +236,6 @@ def coded_linear(
 ) -> Tensor:
     """Return y [..., N] of x [..., K], quantized first."""
     codes, x_scale = quantize_activation(rows_of(x), activation_group_size)
-    weight = weight.contiguous()
     operands = (codes, x_scale, weight, weight_scale)
     if bits == 8 and zero_point is None and x_scale.shape[1] == weight_scale.shape[1] == 1:
         y = int8_gemm(*operands, bias, x.dtype)

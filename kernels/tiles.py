@@ -53,6 +53,7 @@ def _add_splits(
     y_ptr,
     M,
     N,
+    size,  # M · N, which may take 64 bits
     SPLITS,
     BLOCK_N: tl.constexpr,
 ):
@@ -62,7 +63,7 @@ def _add_splits(
     inside = (n < N)[None, :]
     acc = tl.load(at, mask=inside, other=0)
     for _ in range(1, SPLITS):
-        at += tl.num_programs(0).to(tl.int64) * N  # M, which would be a constant where it is 1
+        at += size
         acc += tl.load(at, mask=inside, other=0)
     store(y_ptr, finish(acc, m, n, M, N, x_scale_ptr, weight_scale_ptr, bias_ptr), m, n, M, N)
 
@@ -77,7 +78,7 @@ def add_splits(
     """Write the sum of parts [SPLITS, M, N], scaled and with the bias, to y [M, N]."""
     SPLITS, M, N = parts.shape
     _add_splits[(M, triton.cdiv(N, 1024))](
-        *(parts, x_scale, weight_scale, bias, y, M, N, SPLITS),
+        *(parts, x_scale, weight_scale, bias, y, M, N, M * N, SPLITS),
         BLOCK_N=1024,
         num_warps=4,
         enable_fp_fusion=False,

@@ -174,7 +174,7 @@ def float_gemm(
     config: Config | None = None,
 ) -> Tensor:
     """Return y [..., N] of x [..., K], the weight decoded uniformly or by a codebook."""
-    flat, weight = rows_of(x), weight.contiguous()
+    flat = rows_of(x)
     (M, K), (N, G) = flat.shape, weight_scale.shape
     group = K // G
     config = config or choose("weight_only_gemm", M, N, K, x.device, group if G > 1 else 0)
@@ -208,7 +208,7 @@ def weight_only_linear(
     activation_group_size: int | None = None,
 ) -> Tensor:
     """Compute `torch.ops.llmq.weight_only_linear` of x [..., K]."""
-    scales = (weight_scale.contiguous(), weight_zero_point)
+    tensors = (weight, weight_scale, weight_zero_point)
     if activation_group_size is None:
-        return float_gemm(x, weight, *scales, None, bias, bits)
-    return coded_linear(x, weight, *scales, bias, bits, activation_group_size)
+        return float_gemm(x, *tensors, None, bias, bits)
+    return coded_linear(x, *tensors, bias, bits, activation_group_size)

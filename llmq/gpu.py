@@ -1,8 +1,9 @@
 """Runs an op on CUDA tensors: asks `dispatch` which kernel, and calls it with the op's arguments.
 
 Triton's are functions of `llmq_kernels`, imported when first needed; CUDA's are ops of the compiled
-library, `cuda_<op>`. Both take the arguments of the op they stand for, already checked, and sizes
-that are not 0. Nothing here waits for the GPU or reads from it, so calls can be captured in graphs.
+library, `cuda_<op>`. Both take the arguments of the op they stand for: already checked, no size 0,
+x as it lies and all other tensors contiguous. Nothing here waits for the GPU or reads from it, so
+calls can be captured in graphs.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ def run(
     if kernel.name == "reference":
         return reference()
     call = _function(op, kernel.name)
+    rest = (a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments[1:])
+    arguments = (x, *rest)
     if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
         return call(*arguments)
     with torch.cuda.device(x.device):  # kernels launch on the current device's current stream
