@@ -46,6 +46,20 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--bits", type=int, default=8, help="8 or 4, where no scheme is named")
     compress.add_argument("--prune", type=float, metavar="RATE", help="share of weights to drop")
     compress.add_argument("--pattern", default="unstructured", help="what --prune keeps to")
+    compress.add_argument(
+        "--algorithm",
+        default="rtn",
+        help="rtn, clip, gptq, smoothquant, awq, or both as in smoothquant+gptq",
+    )
+    compress.add_argument(
+        "--method", default="magnitude", help="of pruning: magnitude, wanda or sparsegpt"
+    )
+    compress.add_argument(
+        "--calibrate", type=Path, metavar="FILE", help="text that algorithm and method see"
+    )
+    compress.add_argument(
+        "--windows", type=int, default=32, help="of 512 tokens of that text, evenly from all of it"
+    )
     compress.add_argument("--skip", action="append", metavar="NAME", help='layers; "" for none')
     bound = compress.add_mutually_exclusive_group()
     bound.add_argument(
@@ -122,8 +136,18 @@ def _compress(args: argparse.Namespace) -> None:
 
         batches = _training_text(args.fine_tune, tokenizer, args.steps)
         teacher = copy.deepcopy(model)
+    prunes = {"method": args.method}
+    quantizes = {"algorithm": args.algorithm}
+    if args.calibrate is not None:
+        windows = _windows(args.calibrate, tokenizer, args.windows)
+        if args.method != "magnitude":
+            prunes["data"] = windows
+        if args.algorithm != "rtn":
+            quantizes["data"] = windows
+        if not ("data" in prunes and args.prune is not None) and "data" not in quantizes:
+            raise ValueError("--calibrate goes with --algorithm, or with --prune and --method")
     if args.prune is not None:
-        llmq.prune(model, args.prune, pattern=args.pattern, skip=skip)
+        llmq.prune(model, args.prune, pattern=args.pattern, skip=skip, **prunes)
     if planned:
         tokens = _tokens(args.text, tokenizer)[: args.tokens]
         plan = llmq.plan(
@@ -137,7 +161,7 @@ def _compress(args: argparse.Namespace) -> None:
         print(plan, file=sys.stderr)
         plan.apply(model)
     elif args.scheme != "none":
-        llmq.quantize(model, args.bits, scheme=args.scheme, skip=skip)
+        llmq.quantize(model, args.bits, scheme=args.scheme, skip=skip, **quantizes)
     if teacher is not None:
         history = llmq.fine_tune(model, batches, steps=args.steps, lr=args.lr, teacher=teacher)
         print(history, file=sys.stderr)
@@ -158,6 +182,22 @@ def _training_text(file: Path, tokenizer: Any, steps: int) -> list[Any]:
     if tokens.numel() < recipe.tokens:
         raise ValueError(f"{file} holds {tokens.numel()} tokens; at least {recipe.tokens} would do")
     return training_batches(tokens, recipe)
+
+
+def _windows(file: Path, tokenizer: Any, count: int) -> list[Any]:
+    """Return windows of a file's text to calibrate with, evenly from all of it."""
+    from llmq.evaluate import WINDOW
+
+    if count < 1:
+        raise ValueError(f"--windows must be at least 1, got {count}")
+    windows = _tokens(file, tokenizer).split(WINDOW)
+    if len(windows[0]) < WINDOW:
+        raise ValueError(
+            f"{file} holds {len(windows[0])} tokens; at least {WINDOW} would do to calibrate"
+        )
+    whole = windows if len(windows[-1]) == WINDOW else windows[:-1]
+    count = min(count, len(whole))
+    return [whole[i * len(whole) // count][None] for i in range(count)]
 
 
 def _share(text: str) -> float:

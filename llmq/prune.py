@@ -40,8 +40,13 @@ def prune(
         pattern: `"unstructured"` (the smallest of each row), `"2:4"` (two of each four inputs,
             rate 0.5), `"block"` or `"block-RxC"` (whole blocks, 32×32 by default), `"structured"`
             (attention heads and MLP channels: the matrices themselves become smaller).
-        method: `"magnitude"`.
-        data: for methods that calibrate; `"magnitude"` takes none.
+        method: what tells which weights matter. `"magnitude"`; `"wanda"`, magnitude times the norm
+            of the input (of a head or channel: what it adds to the output of the layer after);
+            `"sparsegpt"`, which also changes what stays to make up for what goes (int8 codes move
+            on their scales).
+        data: to calibrate with, for all but `"magnitude"`: token ids, a pair (text or texts,
+            tokenizer), or any iterable of what the model takes (`llmq.calibrate.calls_of`). A
+            block at a time is in memory beside the model.
         skip: patterns of layers to leave alone, as in `quantize`.
 
     Raises:
@@ -57,7 +62,10 @@ def prune(
         raise ValueError(f"pattern 2:4 drops two of each four: its rate is 0.5, got {rate}")
     found = find(model, skip, embeddings=False)
     if parsed.kind == "structured":
-        changes, choice = structured.prune(model, rate, set(found.reasons))
+        calls = None if data is None else calls_of(model, data)
+        skipped = set(found.reasons)
+        refit = method == "sparsegpt"
+        changes, choice = structured.prune(model, rate, skipped, calls, refit=refit)
         left = "no attention head or MLP channel of a known structure"
         for group in found.groups:
             for target in group:

@@ -50,8 +50,13 @@ def quantize(
             with floating-point activations; 4 picks groups of 32 inputs, or fewer where 32 does
             not divide.
         scheme: a `Scheme` or a preset's name, instead of what `bits` would pick.
-        data: for algorithms that calibrate; `"rtn"` takes none.
-        algorithm: `"rtn"`, rounding each weight to the nearest code.
+        data: to calibrate with: token ids, a pair (text or texts, tokenizer), or any iterable of
+            what the model takes (`llmq.calibrate.calls_of`). A block at a time is in memory beside
+            the model. `"rtn"` takes none, `"clip"` either way, the others need it.
+        algorithm: how codes are chosen: `"rtn"`, to the nearest; `"clip"`, to the nearest in the
+            range that loses least; `"gptq"`, one input after the other, the rest making up for
+            it; or `"smoothquant"` or `"awq"`, which first scale inputs where the model takes it
+            exactly, alone or before one of those, as in `"smoothquant+gptq"`.
         skip: patterns of layers to leave alone: dotted parts of a name (`"lm_head"`,
             `"layers.0"`) or a shell pattern for the whole of it. None skips the output embedding,
             what shares its tensor, and routers of experts; `()` skips nothing and compresses

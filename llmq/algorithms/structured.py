@@ -3,8 +3,9 @@
 A unit is a head (with grouped queries: a key-value head and its queries) or a channel (with
 group-wise quantization: a group of channels). Its score is the L2 norm of the weights that would
 go with it (the criterion of Li et al., arXiv:1608.08710), as a share of the matrix that they are
-in: its rows in a layer before or its columns in the layer after, whichever share is largest. Every
-layer of a kind keeps the same number of units, so shapes stay regular.
+in: its rows in a layer before or its columns in the layer after, whichever share is largest. With
+data it is what the unit adds to the outputs of the layer after (`importance.py`). Every layer of a
+kind keeps the same number of units, so shapes stay regular.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.algorithms import importance
+from llmq.algorithms.calibration import Call
+from llmq.algorithms.folding import Journal
 from llmq.algorithms.slicing import dense_weight, select, take
 from llmq.algorithms.units import Block, Slice, find, split_experts
 from llmq.integrations import experts, layouts
@@ -25,13 +29,22 @@ from llmq.report import Change
 from llmq.walk import set_attributes
 
 
-def prune(model: nn.Module, rate: float, skipped: set[str]) -> tuple[dict[str, Change], str]:
+def prune(
+    model: nn.Module,
+    rate: float,
+    skipped: set[str],
+    calls: list[Call] | None = None,
+    *,
+    refit: bool = False,
+) -> tuple[dict[str, Change], str]:
     """Drop the share `rate` of the heads and MLP channels of `model`, in place.
 
     Args:
         model: whose attention and MLPs are found by the names in `integrations/layouts.py`.
         rate: in [0, 1).
         skipped: names of layers to leave alone; an attention or MLP with one of them stays whole.
+        calls: of the model, whose activations then tell what matters (`importance.py`).
+        refit: whether the layers after what goes are fitted to the outputs that they had.
 
     Returns:
         What changed, by layer name, and a line that tells how many units stayed.
@@ -47,7 +60,30 @@ def prune(model: nn.Module, rate: float, skipped: set[str]) -> tuple[dict[str, C
         )
     if rate == 0:
         return {}, ""
-    _choose(blocks, rate)
+    known = {} if calls is None else importance.scores(model, blocks, calls)
+    _choose(blocks, rate, known)
+    journal, errors = Journal(), {}
+    try:
+        if refit and calls is not None:
+            errors = importance.refit(model, blocks, calls, journal)
+        changes = _shrink(model, blocks, whole)
+    except BaseException:
+        journal.undo()
+        raise
+    for name, error in errors.items():
+        changes[name] = changes[name]._replace(weight_error=error)
+    unscored = sum(b.name not in known for b in blocks)
+    choice = _summary(blocks)
+    if calls is not None:
+        choice += f"; scored on {len(calls)} batches" + (", layers after refitted" * refit)
+        choice += f" ({unscored} by magnitude: fused, or without data)" if unscored else ""
+    return changes, choice
+
+
+def _shrink(
+    model: nn.Module, blocks: list[Block], whole: set[tuple[str, int]]
+) -> dict[str, Change]:
+    """Take out what `keep` of each block leaves; all that can fail comes first."""
     changes: dict[str, Change] = {}
     replacements: list[tuple[str, nn.Module]] = []
     parameters: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -88,14 +124,17 @@ def prune(model: nn.Module, rate: float, skipped: set[str]) -> tuple[dict[str, C
     for config, values in config_values:
         for attribute, value in values.items():
             setattr(config, attribute, value)
-    return changes, _summary(blocks)
+    return changes
 
 
 # -- choosing and slicing --------------------------------------------------------------------------
 
 
-def _choose(blocks: list[Block], rate: float) -> None:
-    """Set `keep` of each block: as many units in all blocks of a kind and size."""
+def _choose(blocks: list[Block], rate: float, known: dict[str, Tensor]) -> None:
+    """Set `keep` of each block: as many units in all blocks of a kind and size.
+
+    Their scores are those `known`, by block name, else of their weights.
+    """
     by_size: dict[tuple[str, int], list[Block]] = {}
     for block in blocks:
         by_size.setdefault((block.kind, block.size), []).append(block)
@@ -105,7 +144,8 @@ def _choose(blocks: list[Block], rate: float) -> None:
         keep = max(step, math.floor(size * (1 - rate) / step + 0.5) * step)
         scores: dict[str, Tensor] = {}
         for block in same:
-            scores[block.key] = scores.get(block.key, 0) + _score(block)  # type: ignore[assignment]
+            score = known[block.name] if block.name in known else _score(block)
+            scores[block.key] = scores.get(block.key, 0) + score  # type: ignore[assignment]
         for block in same:
             count = min(block.units, keep // (block.size // block.units))
             block.keep = scores[block.key].topk(count).indices.sort().values.cpu()
