@@ -10,12 +10,16 @@ from typing import Any
 FOLDER = Path(__file__).parent / "results"
 
 
-def write(name: str, record: dict[str, Any]) -> Path:
-    """Write `record`, which tells its `machine`, and return the file."""
+def file(name: str, record: dict[str, Any]) -> Path:
+    """Return where `record`, which tells its `machine`, is kept."""
     machine = record["machine"]
     words = f"{machine['cpu']} {machine['isa']}"
-    folder = FOLDER / re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{name}.json"
-    file.write_text(json.dumps(record, indent=1) + "\n")
-    return file
+    return FOLDER / re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") / f"{name}.json"
+
+
+def write(name: str, record: dict[str, Any]) -> Path:
+    """Write `record`, and return the file."""
+    path = file(name, record)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
