@@ -35,7 +35,7 @@ ORDER = (
     ("candidates",),
     (
         *("calibrate", "checkpoint", "compare", "doctor", "evaluate", "fine_tune", "plan"),
-        *("prune", "quantize", "losses", "options", "sensitivity", "training"),
+        *("prune", "quantize", "losses", "options", "sensitivity", "student", "training"),
     ),
     ("bench", "demo", "integrations.models", "tune"),  # what the commands are made of
     ("cli",),
