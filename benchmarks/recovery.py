@@ -3,6 +3,7 @@
     python -m benchmarks.recovery plan      # SmolLM2: formats chosen within a KL of 0.01
     python -m benchmarks.recovery minilm    # MiniLM: 50 % sparse int8, distilled; Reuters R8
     python -m benchmarks.recovery bert      # the same encoder with 25 % of heads and channels gone
+    python -m benchmarks.recovery student   # every other layer of the same encoder, distilled
     python -m benchmarks.recovery t5        # T5: 50 % sparse int8, distilled; exact match
     python -m benchmarks.recovery smollm2   # SmolLM2: 50 % sparse int8, distilled; perplexity
     python -m benchmarks.recovery smollm2-original   # the same without compression, beside it
@@ -32,6 +33,7 @@ from llmq import bench, intervals
 from llmq.evaluate import model_bytes
 from llmq.integrations import smollm2
 from llmq.intervals import Interval
+from llmq.student import make_student
 
 Record = dict[str, Any]
 
@@ -147,6 +149,17 @@ def run_bert(args: argparse.Namespace) -> Record:
     rows, original, model = _distilled_encoder(
         "bert", lambda m, _: llmq.prune(m, 0.25, pattern="structured"), args
     )
+    return {"rows": rows, "seconds_of_8x128_tokens": _seconds(original, model)}
+
+
+def run_student(args: argparse.Namespace) -> Record:
+    """Every other layer of MiniLM, distilled likewise; and its speed."""
+    rows, original, model = _distilled_encoder("student", lambda m, _: make_student(m, 3), args)
+    return {"rows": rows, "seconds_of_8x128_tokens": _seconds(original, model)}
+
+
+def _seconds(original: Any, model: Any) -> dict[str, float]:
+    """Return the median seconds of one pass of each, measured in turn."""
     ids = torch.randint(1000, 20000, (8, 128), generator=torch.Generator().manual_seed(0))
     models = {"float32": original, "recovered": model}
     samples: dict[str, list[float]] = {name: [] for name in models}
@@ -156,8 +169,7 @@ def run_bert(args: argparse.Namespace) -> Record:
                 started = time.perf_counter()
                 made(input_ids=ids)
                 samples[name].append(time.perf_counter() - started)
-    seconds = {name: sorted(values)[4] for name, values in samples.items()}
-    return {"rows": rows, "seconds_of_8x128_tokens": seconds}
+    return {name: sorted(values)[4] for name, values in samples.items()}
 
 
 def run_t5(args: argparse.Namespace) -> Record:
@@ -307,6 +319,7 @@ def run_plan(args: argparse.Namespace) -> Record:
 CASES = {
     "minilm": (run_minilm, 150, 3e-4),
     "bert": (run_bert, 150, 3e-4),
+    "student": (run_student, 150, 3e-4),
     "t5": (run_t5, 400, 1e-3),
     "smollm2": (run_smollm2, 120, 5e-4),
     "smollm2-original": (run_smollm2_original, 120, 5e-4),
