@@ -2,8 +2,8 @@
 
 Frantar and Alistarh, "SparseGPT: Massive language models can be accurately pruned in one-shot",
 arXiv:2301.00774; `surgeon.py` has the equations of the update. What goes is what costs least, by
-w² / U_jj² (equation 5), chosen among 128 inputs of all rows at a time (four of one row in 2:4),
-once the inputs before have changed them.
+w² / U_jj² (equation 5), chosen among 128 inputs of all rows at a time (four of one row in 2:4; of
+blocks whose width does not divide 128, one block's), once the inputs before have changed them.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ class _Chooser:
     def __init__(self, weight: Tensor, pattern: Pattern, rate: float, kept: Tensor | None) -> None:
         N, K = weight.shape
         R, C = pattern.block if pattern.block else (1, 1)
-        self.pattern, self.rows = pattern, R
-        self.step = {"unstructured": _INPUTS, "2:4": 4, "block": C}[pattern.kind]
+        self.pattern, self.block = pattern, (R, C)
+        together = C if _INPUTS % C else _INPUTS
+        self.step = {"unstructured": _INPUTS, "2:4": 4, "block": together}[pattern.kind]
         self.kept = torch.ones_like(weight, dtype=torch.bool) if kept is None else kept
         # In weights, or in blocks of them: how many there are yet, and how many of those go.
         self.left = int(self.kept.reshape(N // R, R, K // C, C).any(3).any(1).sum())
@@ -65,13 +66,13 @@ class _Chooser:
         score = (values / diagonal).square()
         if self.pattern.kind == "2:4":
             return magnitude.mask(score.sqrt(), self.pattern, 0.5, kept)
-        if self.pattern.kind == "block":
-            score = score.reshape(N // self.rows, -1).sum(1, keepdim=True)
-            kept = kept.reshape(N // self.rows, -1).any(1, keepdim=True)
+        R, C = self.block
+        score = score.reshape(N // R, R, width // C, C).sum((1, 3))
+        kept = kept.reshape(N // R, R, width // C, C).any(3).any(1)
         here = int(kept.sum())
         going = round(self.to_go * here / self.left) if self.left else 0
         self.left, self.to_go = self.left - here, self.to_go - going
         ranked = torch.where(kept, score, torch.inf).flatten().argsort(stable=True)
         stays = kept.flatten().clone()
         stays[ranked[:going]] = False
-        return stays.reshape(kept.shape).repeat_interleave(self.rows, 0).expand(N, width)
+        return stays.reshape(kept.shape).repeat_interleave(R, 0).repeat_interleave(C, 1)
