@@ -68,7 +68,7 @@ def _int8_gemm(
         if TMA:
             for k in range(first, last, BLOCK_K):
                 w = weight.load([tile_n * BLOCK_N, k])
-                acc = tl.dot(x.load([tile_m * BLOCK_M, k]), w.T, acc)
+                acc = tl.dot(x.load([tile_m * BLOCK_M, k]), w.T, acc, out_dtype=tl.int32)
         else:
             column = tl.arange(0, BLOCK_K)
             # Rows past the last wrap around: read in vain, never out of bounds, never stored.
@@ -77,7 +77,8 @@ def _int8_gemm(
             for k in range(first, last, BLOCK_K):
                 inside = (column < last - k)[None, :]
                 w = tl.load(weight_row + k, mask=inside, other=0)
-                acc = tl.dot(tl.load(x_row + k, mask=inside, other=0), w.T, acc)
+                codes = tl.load(x_row + k, mask=inside, other=0)
+                acc = tl.dot(codes, w.T, acc, out_dtype=tl.int32)
         if SPLIT:
             store(y_ptr + (index % SPLITS).to(tl.int64) * M * N, acc, m, n, M, N)
         else:

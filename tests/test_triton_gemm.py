@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -190,6 +191,37 @@ def test_every_code_converts_exactly(bits: int, dtype: torch.dtype, zero_point: 
     x = torch.eye(K, dtype=dtype)  # one input a token: y is the weight itself
     y = weight_only_gemm.weight_only_linear(*on_device(x, codes, scale, zero), bits=bits)
     assert_equal(y.cpu(), weight.T.to(dtype))
+
+
+def _run_ptx(code: str, word: int) -> list[int]:
+    """Run `and`, `shr` and `prmt` of 32 bits on $4 = word; return $0 … $3."""
+    registers = {"$4": word}
+    for opcode, target, *operands in re.findall(
+        r"(\w+)\.[bu]32 (\S+), (\S+), (\w+)(?:, (\w+))?;", code
+    ):
+        a, b, *rest = (registers.get(o) if o in registers else int(o, 0) for o in operands if o)
+        if opcode == "prmt":
+            data = a.to_bytes(4, "little") + b.to_bytes(4, "little")
+            picked = bytes(data[rest[0] >> 4 * i & 7] for i in range(4))
+            registers[target] = int.from_bytes(picked, "little")
+        else:
+            registers[target] = {"and": a & b, "shr": a >> b}[opcode]
+    return [registers[f"${i}"] for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("code", "dtype", "offset"), [("_BFLOAT16", DTYPES[1], 128), ("_FLOAT16", DTYPES[2], 1024)]
+)
+def test_ptx_makes_floats_of_nibbles(code: str, dtype: torch.dtype, offset: int) -> None:
+    """The interpreter runs plain operations in its place, so its words are run here."""
+    data = torch.randint(0, 256, (64, 4), generator=generator(1), dtype=torch.uint8)
+    for four in data:
+        word = int.from_bytes(bytes(four.tolist()), "little")
+        words = _run_ptx(getattr(weight_only_gemm, code).value, word)
+        halves = [word >> 16 * i & 0xFFFF for word in words for i in range(2)]
+        values = torch.tensor(halves, dtype=torch.uint16).view(torch.int16).view(dtype)
+        expected = torch.cat((four & 15, four >> 4)).float() + offset
+        assert_equal(values.float(), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
