@@ -97,6 +97,7 @@ def fine_tune(
         `"reconstruct"` as losses the squared error of each layer's outputs, as a share of them.
 
     Raises:
+        TypeError: if an argument or a batch is of another form than those above.
         ValueError: if an argument or a batch is unusable, nothing can be trained, a state in
             `checkpoint_dir` belongs to another training, or the loss is not finite. The model is
             then as it was, as it is after any other exception.

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmq.evaluate import unpack
+
 _IGNORED = -100  # transformers' label for positions that do not count
 
 
@@ -35,8 +37,8 @@ def loss_of(model: nn.Module, batch: Any, teacher: Teacher | None) -> Tensor:
     """Return the mean loss of one batch, part of it from the teacher where there is one.
 
     Raises:
-        ValueError: if the batch is of no known form or gives no loss, or the models' outputs do
-            not belong together.
+        TypeError: if the batch is of no known form.
+        ValueError: if it gives no loss, or the models' outputs do not belong together.
     """
     device = next(model.parameters()).device
     args, kwargs, targets = arguments(batch, device)
@@ -68,31 +70,19 @@ def loss_of(model: nn.Module, batch: Any, teacher: Teacher | None) -> Tensor:
 def arguments(
     batch: Any, device: torch.device
 ) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
-    """Return (positional, keyword arguments, targets) of one batch, on the model's device."""
+    """Return (positional, keyword arguments, targets) of one batch, on the model's device.
+
+    Labels that the model itself makes a loss of are among the arguments, and no targets.
+    """
+    if isinstance(batch, Tensor) and (batch.is_floating_point() or batch.dim() not in (1, 2)):
+        raise ValueError(
+            f"a batch that is one tensor must be token ids [T] or [B, T], got {batch.dtype} "
+            f"{list(batch.shape)}"
+        )
+    args, kwargs, labels = unpack(batch, device)
     if isinstance(batch, Tensor):
-        if batch.is_floating_point() or batch.dim() not in (1, 2):
-            raise ValueError(
-                f"a batch that is one tensor must be token ids [T] or [B, T], got {batch.dtype} "
-                f"{list(batch.shape)}"
-            )
-        ids = batch.reshape(-1, batch.shape[-1]).to(device)
-        return (), {"input_ids": ids, "labels": ids}, None
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        inputs, targets = batch
-        targets = targets.to(device)
-        if isinstance(inputs, dict):
-            return (), {k: _to(v, device) for k, v in inputs.items()}, targets
-        return (_to(inputs, device),), {}, targets
-    if hasattr(batch, "items"):
-        return (), {k: _to(v, device) for k, v in batch.items()}, None
-    raise ValueError(
-        f"a batch must be token ids, a dict of the model's arguments or a pair (inputs, targets), "
-        f"got {type(batch).__name__}"
-    )
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+        kwargs["labels"] = labels
+    return args, kwargs, labels if isinstance(batch, (tuple, list)) else None
 
 
 def own_loss(output: Any, targets: Tensor | None) -> Tensor | None:

@@ -126,6 +126,20 @@ class Plan:
             )
         for name in planned:
             _check(present[name])
+        before = [
+            (parent, attribute, child)
+            for parent in model.modules()
+            for attribute, child in parent._modules.items()
+        ]
+        try:
+            self._apply(model, present)
+        except BaseException:
+            for parent, attribute, child in before:
+                parent._modules[attribute] = child
+            raise
+        return model
+
+    def _apply(self, model: nn.Module, present: dict[str, Target]) -> None:
         formats = {choice.option.format for choice in self.choices} - {FLOAT}
         factored: set[str] = set()
         for name in sorted(formats, key=lambda name: not parse(name).low_rank):
@@ -142,7 +156,6 @@ class Plan:
                 prune(model, wanted.sparse, skip=skip)
             if wanted.scheme is not None:
                 quantize(model, scheme=wanted.scheme, skip=skip)
-        return model
 
     def _factor(self, model: nn.Module, format_: str, targets: dict[str, Target]) -> None:
         titles = {name: choice.title for choice in self.choices for name in choice.names}

@@ -255,7 +255,7 @@ def test_a_loss_that_is_not_finite_leaves_the_model_as_it_was() -> None:
     [
         ({"train_data": []}, ValueError, "empty"),
         ({"train_data": "text"}, TypeError, "tokenize"),
-        ({"train_data": [3]}, ValueError, "a batch must be"),
+        ({"train_data": [3]}, TypeError, "a batch must be"),
         ({"train_data": [torch.zeros(3)]}, ValueError, "token ids"),
         (
             {"train_data": [{"input_ids": torch.ones(1, 4, dtype=torch.int64)}]},

@@ -310,6 +310,28 @@ def test_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.Mo
         llmq.plan(made, tokens(), **settings)
 
 
+def test_apply_leaves_the_model_as_it_was_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    module = sys.modules["llmq.plan"]
+    made = model()
+    plan = llmq.plan(made, tokens(), max_kl=0.005, formats=FORMATS)
+    assert len({choice.option.format for choice in plan.choices} - {"float"}) > 1
+    kinds = {name: type(m) for name, m in made.named_modules()}
+    genuine, calls = module.quantize, []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if calls:
+            raise MemoryError
+        calls.append(args)
+        return genuine(*args, **kwargs)
+
+    monkeypatch.setattr(module, "quantize", failing)
+    with pytest.raises(MemoryError):
+        plan.apply(made)
+    assert {name: type(m) for name, m in made.named_modules()} == kinds
+
+
 def test_is_the_same_each_time_and_leaves_the_random_state() -> None:
     state = torch.get_rng_state()
     first, second = (llmq.plan(model(), tokens(), formats=FORMATS).to_json() for _ in range(2))
