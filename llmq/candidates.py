@@ -101,9 +101,12 @@ def make_layer(
 
 
 def time_interleaved(
-    calls: dict[str, Callable[[], Any]], seconds: float = _SECONDS, rounds: int = 7
+    calls: dict[str, Callable[[], Any]],
+    seconds: float = _SECONDS,
+    rounds: int = 7,
+    pick: Callable[[list[float]], float] = statistics.median,
 ) -> dict[str, float]:
-    """Return the median seconds of one call of each, measured in turn (A B A B …)."""
+    """Return `pick` of all rounds of the seconds of a call of each, measured in turn (A B A …)."""
     repeats = {}
     for name, call in calls.items():
         call()
@@ -118,7 +121,7 @@ def time_interleaved(
             for _ in range(repeats[name]):
                 call()
             samples[name].append((time.perf_counter() - started) / repeats[name])
-    return {name: statistics.median(values) for name, values in samples.items()}
+    return {name: pick(values) for name, values in samples.items()}
 
 
 def copies(size: float) -> int:
@@ -175,7 +178,8 @@ def seconds_a_call(
     w4a8-g32 took 1.4 times as long as its w8a8 so, and 0.86 times in a model; one Xeon core).
 
     Returns:
-        Median seconds by format, and by `"float"` for `nn.Linear` in `dtype`.
+        Least seconds by format, and by `"float"` for `nn.Linear` in `dtype`: a choice should
+        not hang on what else the machine was doing, which medians of a busy one show.
     """
     with torch.random.fork_rng(devices=[]):  # whoever asks has drawn no numbers
         dense = nn.Linear(K, N, bias=False, device=device, dtype=dtype)
@@ -183,4 +187,4 @@ def seconds_a_call(
     count = max(1, min(layers, int(_ROTATED / max(dense.weight.nbytes, 1))))
     with torch.inference_mode():
         calls = {name: caller(rotating(dense, name, count), x) for name in ("float", *names)}
-        return time_interleaved(calls)
+        return time_interleaved(calls, rounds=21, pick=min)
