@@ -2,18 +2,17 @@
 
     taskset -c 1 python -m benchmarks.model --threads 1
 
-Decoding is measured as users write it (eager), and with `--compile` also by `torch.compile` with a
-static cache for a few schemes, which takes minutes; llama.cpp is measured in turn with them where
-`llama-cpp-python` is installed. Where a token's time goes is told by kind of layer: all
-linear layers of the model run once more in its order, each on its own weight; what a token takes
-beyond them is attention, norms, and Python.
+Decoding is measured as users write it (eager), after `accelerate`, and with `--compile` also by
+`torch.compile` with a static cache for a few schemes, which takes minutes; llama.cpp is measured in
+turn with them where `llama-cpp-python` is installed. Where a token's time goes is told by kind of
+layer: all linear layers of the model run once more in its order, each on its own weight; what a
+token takes beyond them is attention, norms, and Python.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import functools
 import importlib.util
 import statistics
@@ -27,31 +26,45 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import llmq
-from benchmarks import compare, llama, results
+from benchmarks import ceilings, compare, llama, results
 from llmq import bench
 from llmq.integrations import smollm2
+from llmq.integrations.transformers import accelerate
 from llmq.nn import CompressedLayer, QuantEmbedding
 
 SCHEMES = ("w8a8", "w8a8-g64", "w8a16", "w4a16-g32", "w4a8-g32", "w4a16-quantile-g32")
 SPARSE = "50 % sparse w8a8"
 BFLOAT16 = "bfloat16"
+DYNAMIC = "torch dynamic int8"  # one activation scale a tensor, and lm_head too
 WHOLE = "w8a8, lm_head too"
+WHOLE_G64 = "w8a8-g64, lm_head too"
 WHOLE_4 = "w4a8-g32, lm_head too"  # which is int8
 COMPILED = ("float32", WHOLE, WHOLE_4)
+ACCELERATED = (WHOLE, WHOLE_G64, WHOLE_4, "w8a8-g64")
 _PROMPT, _DECODE = 16, 32  # tokens, as `bench.model_speeds` decodes
 
 
-def models() -> dict[str, Any]:
-    """Return the float32 original, its bfloat16 copy and its compressed forms, by name."""
-    original, _ = smollm2.load()
-    made: dict[str, Any] = {"float32": original}
-    made[BFLOAT16] = copy.deepcopy(original).to(torch.bfloat16)
-    for scheme in SCHEMES:
-        made[scheme] = llmq.quantize(copy.deepcopy(original), scheme=scheme)
-    made[WHOLE] = llmq.quantize(copy.deepcopy(original), scheme="w8a8", skip=())
-    made[WHOLE_4] = llmq.quantize(copy.deepcopy(original), scheme="w4a8-g32", skip=())
-    made[SPARSE] = llmq.quantize(llmq.prune(copy.deepcopy(original), 0.5), scheme="w8a8")
-    return made
+def models() -> dict[str, Callable[[], Any]]:
+    """Return what makes the float32 original and its other forms, by name."""
+
+    def made(scheme: str, **options: Any) -> Any:
+        return llmq.quantize(smollm2.load()[0], scheme=scheme, **options)
+
+    def sparse() -> Any:
+        return llmq.quantize(llmq.prune(smollm2.load()[0], 0.5), scheme="w8a8")
+
+    makers: dict[str, Callable[[], Any]] = {
+        "float32": lambda: smollm2.load()[0],
+        BFLOAT16: lambda: smollm2.load()[0].to(torch.bfloat16),
+        DYNAMIC: lambda: torch.ao.quantization.quantize_dynamic(smollm2.load()[0], {nn.Linear}),
+    }
+    makers |= {scheme: functools.partial(made, scheme) for scheme in SCHEMES}
+    for name in (WHOLE, WHOLE_G64, WHOLE_4):
+        makers[name] = functools.partial(made, name.split(",")[0], skip=())
+    makers[SPARSE] = sparse
+    for name in ACCELERATED:
+        makers[f"{name}, accelerated"] = lambda make=makers[name]: accelerate(make())
+    return makers
 
 
 def breakdown(model: Any, *, rounds: int = 9) -> dict[str, float]:
@@ -163,19 +176,26 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
+    parser.add_argument(
+        "--only", action="append", help="models to measure (all); may be given several times"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    made = models()
+    makers = models()
+    chosen = [name for name in makers if not args.only or name in args.only]
+    made = {name: makers[name]() for name in tqdm(chosen, desc="make models", leave=False)}
     with contextlib.ExitStack() as stack:
         others = llama_cpp(args.threads, stack)
-        for name in tqdm(COMPILED if args.compile else (), desc="compile", leave=False):
+        compiled = [name for name in COMPILED if args.compile and name in made]
+        for name in tqdm(compiled, desc="compile", leave=False):
             others[f"{name}, compiled"] = CompiledDecoder(made[name], _DECODE).speed
         speeds = bench.model_speeds(made, decode=_DECODE, rounds=args.rounds, others=others)
     record = {
         "machine": bench.machine(),
         "versions": compare.versions(),
         "tokens_per_second": speeds,
-        "milliseconds": {name: breakdown(model) for name, model in made.items()},
+        "milliseconds": {name: breakdown(made[name]) for name in chosen if name != DYNAMIC},
+        "ceilings": ceilings.measure(args.threads),
     }
     print(table(record))
     print(results.write(f"model_{args.threads}_threads", record))

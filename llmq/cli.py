@@ -261,11 +261,15 @@ def _bench(args: argparse.Namespace) -> None:
 
     import llmq
     from llmq.integrations import smollm2
+    from llmq.integrations.transformers import accelerate
 
     original, _ = smollm2.load()
     models: dict[str, Any] = {"float32": original}
     for scheme in args.scheme or ("w8a8", "w8a8-g64", "w8a16", "w4a16-g32", "w4a8-g32"):
         models[scheme] = llmq.quantize(copy.deepcopy(original), scheme=scheme)
+        fast = accelerate(copy.deepcopy(models[scheme]))
+        if fast.llmq_acceleration.joined:
+            models[f"{scheme}, accelerated"] = fast
     speeds = bench.model_speeds(models)
     if args.json:
         print(json.dumps({"machine": bench.machine(), "tokens_per_second": speeds}, indent=1))

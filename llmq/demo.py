@@ -31,12 +31,14 @@ from llmq.compare import (
 from llmq.evaluate import WINDOW, evaluate, inference, model_bytes
 from llmq.fine_tune import fine_tune
 from llmq.integrations import smollm2
+from llmq.integrations.transformers import accelerate
 from llmq.nn import CompressedLayer, QuantEmbedding
 from llmq.prune import prune
 from llmq.quantize import quantize
 
 SCHEMES = ("w8a8", "w8a8-g64", "w4a16-g32")
 WHOLE = "w8a8-g64, skip=()"  # embeddings and output layer too
+FAST = f"{WHOLE}, accelerated"  # a decoder layer in one call
 SPARSE = "50 % sparse w8a8"
 EVALUATED = 4096  # tokens of the text; the rest of it is for training
 PROBED = 128  # of them, through which the layers' errors are taken
@@ -102,6 +104,7 @@ def run(folder: Path, *, quick: bool = False, fresh: bool = False) -> dict[str, 
     for scheme in SCHEMES:
         models[scheme] = quantize(copy.deepcopy(original), scheme=scheme)
     models[WHOLE] = quantize(copy.deepcopy(original), scheme="w8a8-g64", skip=())
+    models[FAST] = accelerate(copy.deepcopy(models[WHOLE]))
     recovery, models[SPARSE] = recovered(original, evaluated, trained, recipe, fresh=fresh)
     quality = qualities(models, evaluated)
     speed = bench.model_speeds(models, rounds=1 if quick else 2)
@@ -339,7 +342,7 @@ def _plots(record: dict[str, Any]) -> list[str]:
         return [""]
     rows = record["rows"]
     left, right = figure.subplots(1, 2)
-    for row, marker in zip(rows, "oDs^Pv", strict=True):
+    for row, marker in zip(rows, "oDs^PvX", strict=True):
         left.scatter(row["megabytes"], row["perplexity"], marker=marker, s=50, label=row["name"])
     left.set_xlabel("checkpoint, MB")
     left.set_ylabel("perplexity")

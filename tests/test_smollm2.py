@@ -14,6 +14,7 @@ import llmq
 from llmq import demo
 from llmq.evaluate import model_bytes
 from llmq.integrations import smollm2
+from llmq.integrations.transformers import accelerate
 from llmq.nn import CompressedLayer
 
 pytest.importorskip("transformers")
@@ -64,6 +65,16 @@ def test_perplexity_stays(scheme: str, perplexity: Callable[[str], float]) -> No
 @pytest.mark.parametrize("scheme", RIVALS)
 def test_quantile_is_no_worse_than_uniform(scheme: str, perplexity: Callable[[str], float]) -> None:
     assert perplexity(scheme) <= perplexity(RIVALS[scheme])
+
+
+def test_what_is_fast_stays_within_a_percent(
+    original: tuple[Any, Tensor], perplexity: Callable[[str], float]
+) -> None:
+    model, tokens = original
+    whole = llmq.quantize(copy.deepcopy(model), scheme="w8a8-g64", skip=())
+    assert len(accelerate(whole).llmq_acceleration.joined) == 30
+    lost = llmq.evaluate(whole, tokens).perplexity
+    assert lost is not None and lost <= 1.01 * perplexity("float32")
 
 
 def _linear_bytes(model: nn.Module) -> int:
