@@ -193,6 +193,12 @@ def cases(arch: int, quick: bool) -> Iterator[Case]:
             )
             expect = _instruction(arch, config, group is not None)
             yield Case(f"block_sparse {form}", config, launch, expect)
+            if group is None:
+                wide = _x(tokens(config), torch.float32)
+                launch = functools.partial(
+                    block_sparse_gemm.block_sparse_linear, wide, *blocks, scale, None, None, config
+                )
+                yield Case("block_sparse float32", config, launch, expect)
         for config in tiles("bitmap_gemm"):
             x = _x(tokens(config))
             launch = functools.partial(
@@ -266,7 +272,7 @@ def measure(case: Case, arch: int) -> list[dict[str, Any]]:
                 "arch": f"sm_{arch}",
                 "case": case.name,
                 "kernel": kernel.name,
-                "config": None if case.config is None else configs.asdict(case.config),
+                "config": None if case.config is None else configs.as_json(case.config),
                 "warps": warps,
                 "registers": registers,
                 "spilled_bytes": stack,

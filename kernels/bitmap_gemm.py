@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmq_kernels.configs import Config, choose, within_block
+from llmq_kernels.configs import Config, choose, for_float32, within_block
 from llmq_kernels.quantize_rows import inputs
 from llmq_kernels.tiles import finish, store
 
@@ -115,6 +115,8 @@ def _sparse_linear(
     group = activation_group_size or 0
     config = within_block(config, config.BLOCK_N, config.BLOCK_K, group)
     codes, x_scale = inputs(x, activation_group_size, group % config.BLOCK_K == 0)
+    if codes.dtype == torch.float32:
+        config = for_float32(config)
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     _sparse_gemm[config.grid(M, N)](
         *(codes, x_scale, weight, mask, row_offsets),

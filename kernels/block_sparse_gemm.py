@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmq_kernels.configs import Config, choose, within_block
+from llmq_kernels.configs import Config, choose, for_float32, within_block
 from llmq_kernels.quantize_rows import inputs
 from llmq_kernels.tiles import finish, store
 
@@ -103,9 +103,11 @@ def block_sparse_linear(
     config = config or choose("block_sparse_gemm", M, N, K, x.device)
     group = activation_group_size or 0
     config = within_block(config, R, C, group)
-    BLOCK_K = config.BLOCK_K
-    one_group = group % C == 0 or (C % BLOCK_K == 0 and group % BLOCK_K == 0)
+    one_group = group % C == 0 or C % config.BLOCK_K == group % config.BLOCK_K == 0
     codes, x_scale = inputs(x, activation_group_size, one_group)
+    if codes.dtype == torch.float32:
+        config = for_float32(config)
+    BLOCK_K = config.BLOCK_K
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     tiles = triton.cdiv(M, config.BLOCK_M) * (N // R) * triton.cdiv(R, config.BLOCK_N)
     _block_sparse_gemm[(tiles,)](

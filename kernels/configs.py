@@ -152,7 +152,27 @@ def within_group(config: Config, group: int) -> Config:
     divisor = group & -group  # the largest power of two that divides it
     if divisor < LEAST_K:  # masked steps
         divisor = 1 << max(group - 1, LEAST_K - 1).bit_length()
-    return replace(config, BLOCK_K=min(config.BLOCK_K, divisor))
+    return _thick_loads(replace(config, BLOCK_K=min(config.BLOCK_K, divisor)))
+
+
+def _thick_loads(config: Config) -> Config:
+    """Return the config with so few warps that each thread still loads 16 bytes of nibbles."""
+    weights = config.BLOCK_N * config.BLOCK_K
+    if config.BLOCK_M > 16:
+        return config
+    return replace(config, num_warps=min(config.num_warps, max(weights // 1024, 1)))
+
+
+def for_float32(config: Config) -> Config:
+    """Return the config for float32 inputs: three TF32 products hold their operands twice."""
+    return replace(
+        config,
+        BLOCK_M=min(config.BLOCK_M, 64),
+        BLOCK_N=min(config.BLOCK_N, 64),
+        BLOCK_K=min(config.BLOCK_K, LEAST_K),
+        num_warps=min(config.num_warps, 4),
+        num_stages=min(config.num_stages, 3),
+    )
 
 
 def within_block(config: Config, R: int, C: int, group: int) -> Config:

@@ -18,12 +18,14 @@ Bound: reading the weight for few tokens; tensor cores and decoding for many. No
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmq_kernels.configs import INTERPRETED, Config, choose
+from llmq_kernels.configs import INTERPRETED, Config, choose, for_float32
 from llmq_kernels.int8_gemm import coded_linear
 from llmq_kernels.quantize_rows import rows_of
 from llmq_kernels.tiles import add_splits, finish, parts_of, store, tile_of
@@ -178,6 +180,10 @@ def float_gemm(
     (M, K), (N, G) = flat.shape, weight_scale.shape
     group = K // G
     config = config or choose("weight_only_gemm", M, N, K, x.device, group if G > 1 else 0)
+    if x.dtype == torch.float32:
+        config = for_float32(config)
+    elif codebook is not None and bits == 4:  # look-ups of a thread hold their addresses
+        config = replace(config, BLOCK_K=min(config.BLOCK_K, 128))
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     parts = parts_of(y, config.SPLITS, torch.float32)
     steps_a_group = triton.cdiv(group, config.BLOCK_K)
