@@ -170,17 +170,6 @@ def cases(arch: int, quick: bool) -> Iterator[Case]:
                 *(_x(tokens(config)), codes, torch.zeros(N, 1), None, table, None, bits, config),
             )
             yield Case(f"codebook {bits} bits", config, launch, _instruction(arch, config, False))
-    # A size of 1 is a constant to Triton, which kernels must bear; splits, as decoding has them.
-    config = configs.replace(configs.TILES["int8_gemm"][80][0][2], SPLITS=4)
-    token, scales = torch.zeros(1, 1), (weight, torch.zeros(N, 1), None)
-    launch = functools.partial(
-        int8_gemm.int8_gemm, integers(1, K), token, *scales, torch.bfloat16, config=config
-    )
-    yield Case("int8 w8a8, one token", config, launch, None)
-    launch = functools.partial(
-        weight_only_gemm.float_gemm, x[:1], *scales[:2], None, None, None, 8, config
-    )
-    yield Case("weight_only w8a16, one token", config, launch, None)
     kept = torch.ones(N, K, dtype=torch.bool)
     for group in (None, 0, 128):
         form = {None: "float", 0: "int8", 128: "int8-g128"}[group]
