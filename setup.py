@@ -1,4 +1,8 @@
-"""Builds `llmq/_C.abi3.so`, the CPU kernels; the rest of the package is in pyproject.toml.
+"""Builds `llmq/_C.abi3.so`, the kernels; the rest of the package is in pyproject.toml.
+
+CUDA kernels are part of it where nvcc and a torch with CUDA are found. LLMQ_CUDA=1 forces them,
+also beside a torch without CUDA (to compile only), LLMQ_CUDA=0 leaves them out;
+LLMQ_CUDA_ARCHS="sm_90a" builds for fewer GPUs than all of CUDA_ARCHS.
 
 The library uses LibTorch's stable ABI and no Python API, so one build serves torch 2.10 and later
 and every Python 3. Each source is compiled for the instruction set that its file name ends with.
@@ -47,6 +51,9 @@ FLAGS = (
     "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10
 )
 
+CUDA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+NVCC_FLAGS = "-std=c++20 -O3 -Xcompiler=-fPIC,-fvisibility=hidden"
+
 
 def sources() -> list[Path]:
     """Every C++ source of this platform; instruction-set files only where they can run."""
@@ -79,6 +86,42 @@ def find_compiler() -> str:
     )
 
 
+def find_cuda(torch_cuda: str | None) -> Path | None:
+    """Return the CUDA toolkit to build with, or None; raise RuntimeError if one is forced."""
+    wanted = os.environ.get("LLMQ_CUDA", "")
+    if wanted == "0" or (torch_cuda is None and not wanted):
+        return None
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    on_path = shutil.which("nvcc")
+    homes += [str(Path(on_path).resolve().parent.parent)] if on_path else []
+    homes.append("/usr/local/cuda")
+    for home in homes:
+        needed = ("bin/nvcc", "include/cuda_runtime_api.h")
+        if all((Path(home) / file).exists() for file in needed):
+            return Path(home)
+    message = (
+        f"no nvcc to build the CUDA kernels with (looked in {', '.join(homes)} and on PATH); "
+        "install the CUDA toolkit 12.8 or later, or name its folder in CUDA_HOME"
+    )
+    if wanted:
+        raise RuntimeError(f"LLMQ_CUDA={wanted}, but {message}")
+    print(f"note: {message}; GPUs run Triton's kernels and the reference", file=sys.stderr)
+    return None
+
+
+def cuda_sources() -> list[Path]:
+    folder = ROOT / "csrc" / "cuda"
+    return [*sorted(folder.glob("*.cpp")), *sorted(folder.glob("*.cu"))]
+
+
+def gencode() -> str:
+    """Code of each GPU asked for, and PTX for what comes after."""
+    archs = os.environ.get("LLMQ_CUDA_ARCHS", " ".join(CUDA_ARCHS)).replace(",", " ").split()
+    flags = [f"-gencode=arch=compute_{arch[3:]},code={arch}" for arch in archs]
+    oldest = min(archs, key=lambda arch: int(arch[3:].rstrip("af")))[3:].rstrip("af")
+    return " ".join([*flags, f"-gencode=arch=compute_{oldest},code=compute_{oldest}"])
+
+
 def find_ninja() -> str | None:
     beside_python = Path(sys.executable).parent / "ninja"
     return str(beside_python) if beside_python.exists() else shutil.which("ninja")
@@ -106,11 +149,16 @@ class BuildNative(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.compile(compiler, torch_folder, BUILD / target.name)
+            cuda = find_cuda(torch.version.cuda)
+        except RuntimeError as error:
+            raise SystemExit(f"llmq: {error}") from None
+        try:
+            self.compile(compiler, torch_folder, cuda, BUILD / target.name)
         except subprocess.CalledProcessError:
             raise SystemExit(
-                f"llmq: {compiler} does not compile the kernels; its message is above. "
-                "CXX=none installs without them"
+                f"llmq: {compiler}{' or nvcc' if cuda else ''} does not compile the kernels; its "
+                "message is above. CXX=none installs without them"
+                f"{', LLMQ_CUDA=0 without those for GPUs' if cuda else ''}"
             ) from None
         # A new inode: replacing the file in place would pull the code from under running processes.
         partial = target.with_suffix(".partial")
@@ -124,31 +172,45 @@ class BuildNative(build_ext):
             "the kernels."
         )
 
-    def compile(self, compiler: str, torch_folder: Path, library: Path) -> None:
+    def compile(self, compiler: str, torch_folder: Path, cuda: Path | None, library: Path) -> None:
         includes = f"-isystem {shlex.quote(str(torch_folder / 'include'))}"
         flags = f"{FLAGS} {includes} {os.environ.get('CXXFLAGS', '')}".strip()
         undefined = "-undefined dynamic_lookup" if sys.platform == "darwin" else "-Wl,--as-needed"
-        libraries = f"-L{shlex.quote(str(torch_folder / 'lib'))} -ltorch_cpu {undefined}"
-        objects = {path: BUILD / f"{path.stem}.o" for path in sources()}
+        folder = shlex.quote(str(torch_folder / "lib"))
+        libraries = f"-L{folder} -ltorch_cpu {undefined}"
+        commands = {path: f"{compiler} {flags} {isa_flags(path)}" for path in sources()}
+        if cuda is not None:
+            commands[ROOT / "csrc" / "ops.cpp"] += " -DLLMQ_CUDA"
+            headers = f"-isystem {shlex.quote(str(cuda / 'include'))}"
+            nvcc = f"{shlex.quote(str(cuda / 'bin' / 'nvcc'))} -ccbin {shlex.quote(compiler)}"
+            for path in cuda_sources():
+                host = f"{compiler} {flags} {headers}"
+                device = f"{nvcc} {NVCC_FLAGS} {gencode()}"
+                commands[path] = device if path.suffix == ".cu" else host
+            # The runtime inside, so that the library loads where there is neither GPU nor toolkit.
+            lib = cuda / ("lib64" if (cuda / "lib64").exists() else "lib")
+            libraries += f" -L{shlex.quote(str(lib))} -lcudart_static -lrt -ldl -lpthread"
+            libraries += " -Wl,--exclude-libs,ALL"
+            if (torch_folder / "lib" / "libtorch_cuda.so").exists():
+                libraries += " -Wl,--no-as-needed -ltorch_cuda"  # it is only referred to weakly
+        objects = {path: BUILD / f"{path.parent.name}_{path.stem}.o" for path in commands}
         BUILD.mkdir(parents=True, exist_ok=True)
         ninja = find_ninja()
         if ninja is not None:
             lines = [
-                f"cxx = {compiler}",
-                f"flags = {flags.replace('$', '$$')}",
                 "rule compile",
-                "  command = $cxx $flags $isa -MMD -MF $out.d -c $in -o $out",
-                "  description = compile $in $isa",
+                "  command = $compile -MMD -MF $out.d -c $in -o $out",
+                "  description = compile $in",
                 "  depfile = $out.d",
                 "  deps = gcc",
                 "rule link",
-                f"  command = $cxx -shared $in -o $out {libraries}",
+                f"  command = {compiler} -shared $in -o $out {libraries}",
                 "  description = link $out",
             ]
             for source, built in objects.items():
                 lines += [
                     f"build {quote(built)}: compile {quote(source)}",
-                    f"  isa = {isa_flags(source)}",
+                    f"  compile = {commands[source].replace('$', '$$')}",
                 ]
             lines += [f"build {quote(library)}: link {' '.join(map(quote, objects.values()))}", ""]
             (BUILD / "build.ninja").write_text("\n".join(lines))
@@ -159,7 +221,7 @@ class BuildNative(build_ext):
             subprocess.run([*shlex.split(command), *map(str, paths)], check=True)
 
         def compile_one(source: Path) -> None:
-            run(f"{compiler} {flags} {isa_flags(source)} -c", source, "-o", objects[source])
+            run(f"{commands[source]} -c", source, "-o", objects[source])
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, objects))

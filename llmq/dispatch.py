@@ -129,7 +129,7 @@ def choose_gpu(
         if limit < M:
             continue
         for kind in kinds:
-            refusal = _refusal(kind, op, index, dtype, form)
+            refusal = _refusal(kind, op, index, dtype, K, form)
             if refusal is None:
                 best = f"first choice for M up to {limit}" if limit < math.inf else "first choice"
                 return Kernel(f"{op}_{kind}", "; ".join(refused) or best)
@@ -138,12 +138,14 @@ def choose_gpu(
     return Kernel("reference", "; ".join(refused) or f"no kernel for {op} on GPUs")
 
 
-def _refusal(kind: str, op: str, index: int | None, dtype: torch.dtype, form: Format) -> str | None:
+def _refusal(
+    kind: str, op: str, index: int | None, dtype: torch.dtype, K: int, form: Format
+) -> str | None:
     """Say why kernels of `kind` cannot run the op, or return None."""
     if dtype not in NATIVE_DTYPES:
         return f"no kernel for {dtype}"
     if kind == "cuda":
-        return None if has_cuda(op) else "not compiled into the library"
+        return _cuda_refusal(op, dtype, K, form) if has_cuda(op) else "not compiled in"
     missing = [name for name in ("triton", "llmq_kernels") if not _found(name)]
     if missing:
         return f"{' and '.join(missing)} not installed"
@@ -155,6 +157,21 @@ def _refusal(kind: str, op: str, index: int | None, dtype: torch.dtype, form: Fo
     if found < LEAST_CAPABILITY and not interpreted():
         wanted = "compute capability {}.{}".format(*LEAST_CAPABILITY)
         return f"needs {wanted}, this GPU has {found[0]}.{found[1]}"
+    return None
+
+
+def _cuda_refusal(op: str, dtype: torch.dtype, K: int, form: Format) -> str | None:
+    if op == "quantize_activation":
+        return None
+    if K * form.bits % 128:
+        return f"rows of {K} weights of {form.bits} bits are no multiple of 16 bytes"
+    group = form.group if form.activation_group is None else form.activation_group
+    if group % 32 and group != K:
+        return f"groups of {group} are no multiple of 32"
+    if op == "weight_only_linear" and form.activation_group is not None:
+        return "inputs are codes"
+    if form.activation_group is None and dtype == torch.float32:
+        return "inputs are float32"
     return None
 
 

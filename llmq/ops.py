@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmq import extension, gpu
 from llmq.dispatch import Format
-from llmq.formats import activation, bitmap, block, codebook, semi_structured, uniform
+from llmq.formats import activation, bitmap, bitmap_tiles, block, codebook, semi_structured, uniform
 
 _library = torch.library.Library("llmq", "DEF")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -467,9 +467,12 @@ class _BitmapSparseLinear(NamedTuple):
     activation_group_size: int | None = None
 
     def _rows(self) -> int:
-        # In panels the offsets are of panels, not of rows; those always come with a scale.
-        scale = self.weight_scale
-        return self.row_offsets.numel() - 1 if scale is None else scale.shape[0]
+        # In panels the offsets are of panels, not of rows; those always come with a scale. In tiles
+        # they are of strips of 32 rows, of which there are whole ones without a scale.
+        if self.weight_scale is not None:
+            return self.weight_scale.shape[0]
+        strips = self.weight_bitmask.dim() == 4
+        return 32 * self.row_offsets.shape[0] if strips else self.row_offsets.numel() - 1
 
     def check(self) -> int:
         op, N = "bitmap_sparse_linear", self._rows()
@@ -486,6 +489,8 @@ class _BitmapSparseLinear(NamedTuple):
         K = self.x.shape[-1]
         if self.weight_bitmask.dim() == 3:
             stored = torch.ops.llmq.unpack_bitmap_panels(*stored, self._rows(), K)
+        elif self.weight_bitmask.dim() == 4:
+            stored = bitmap_tiles.unpack(*stored, self._rows(), K)
         return bitmap.decode(*stored, K)
 
     def reference(self) -> Tensor:
@@ -596,5 +601,24 @@ _library.define(
 )
 _library.define("cpu_isa() -> str")
 _library.define("set_cpu_isa(str isa) -> ()")
+
+# Of CUDA tensors, with the arguments of the op that they stand for; `llmq/gpu.py` calls them.
+_library.define("cuda_quantize_activation(Tensor x, int group_size) -> (Tensor, Tensor)")
+_library.define(
+    "cuda_int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, "
+    "int activation_group_size) -> Tensor"
+)
+_library.define(
+    "cuda_weight_only_linear(Tensor x, Tensor weight, Tensor weight_scale, "
+    "Tensor? weight_zero_point, Tensor? bias, int bits, int? activation_group_size) -> Tensor"
+)
+_library.define(
+    "cuda_bitmap_tiles_linear(Tensor x, Tensor weight, Tensor weight_bitmask, Tensor row_offsets, "
+    "Tensor? weight_scale, Tensor? bias, int? activation_group_size) -> Tensor"
+)
+_library.define(
+    "cuda_expand_bitmap(Tensor weight, Tensor weight_bitmask, Tensor row_offsets, int N, int K) "
+    "-> Tensor"
+)
 
 extension.load()

@@ -17,7 +17,9 @@ struct SmallGemm {
   Dtype x_dtype;
   const float* x_scale;      // [M, x_groups] of codes
   int x_groups;              // of equal size, a multiple of 32 unless there is one
-  const void* weight;        // [N, K] or [N, K / 2] bytes
+  const void* weight;        // [N, K] or [N, K / 2] bytes; or the values of bitmap tiles
+  const uint8_t* bitmask;    // of bitmap tiles, with
+  const int64_t* offsets;    // [strips, chunks + 1], in values
   const float* scale;        // [N, groups]; null: 1
   const int8_t* zero_point;  // [N, groups]; null: 0, or 8 of nibbles
   int groups;                // of equal size, a multiple of 32 unless there is one
@@ -33,27 +35,43 @@ struct SmallGemm {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What a block of a SmallGemm computes. 64 tokens of floats would leave no registers.
+// What a block of a SmallGemm computes: more tokens would leave no registers. More than 32 read the
+// weights again, from L2.
 inline constexpr int kBlockOutputs = 128;
-constexpr int block_tokens(int64_t M, bool codes) {
-  return M <= 8 ? 8 : M <= 16 ? 16 : M <= 32 || !codes ? 32 : 64;
-}
+constexpr int block_tokens(int64_t M) { return M <= 8 ? 8 : M <= 16 ? 16 : 32; }
+constexpr int chunk_inputs(int bits) { return 128 * 8 / bits; }  // 128 bytes of a row
 
 // Blocks keep the scales of their part of K in shared memory: so many groups at most, those that the
 // part shares with its neighbours included.
 inline constexpr int kMaxGroups = 16;
 
+// Bitmap tiles hold a sparse weight in strips of 32 outputs and chunks of bitmap_chunk inputs, each of
+// them 2 × (chunk / 64) tiles of 16 × 64 (llmq/formats/bitmap_tiles.py packs and unpacks them):
+//
+//     bitmask [strips, chunks, 1, 32 + 128 tiles]   | uint16 [tiles, 4 bytes of a mask word]: where the
+//         values of that byte begin | uint32 [tiles, 32 lanes]: masks, bitmap_tiles.cuh says of what |
+//     weight   values of a strip's chunk from offsets[strip, chunk] on, in the order tile, byte of
+//         the mask word, lane, bit; then at least 12 zero bytes, up to a multiple of 32
+inline constexpr int kBitmapHeader = 32, kBitmapPadding = 32;
+constexpr int bitmap_chunk(int value_bytes) { return 128 / value_bytes; }
+constexpr int bitmap_mask_bytes(int value_bytes) {
+  return kBitmapHeader + 2 * bitmap_chunk(value_bytes) / 64 * 128;
+}
+
 void weight_only_gemm(const SmallGemm& g, int bits, void* stream);
 void int8_gemm(const SmallGemm& g, void* stream);
+void bitmap_gemm(const SmallGemm& g, int value_bytes, bool codes, void* stream);
+void bitmap_expand(const SmallGemm& g, int value_bytes, void* stream);  // into y [N, K]
 
 // quantize_activation: symmetric int8 codes, one scale a token or group of inputs, as
 // llmq/formats/activation.py to the bit.
 struct QuantizeRows {
-  const void* x;  // [M, K]
+  const void* x;  // [groups, group_size]
   Dtype x_dtype;
-  int M, K, group_size;  // which divides K
-  int8_t* codes;         // [M, K]
-  float* scale;          // [M, K / group_size]
+  int64_t groups;  // of all tokens
+  int group_size;
+  int8_t* codes;  // as x
+  float* scale;   // [groups]
 };
 void quantize_rows(const QuantizeRows& q, void* stream);
 

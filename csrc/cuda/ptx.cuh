@@ -193,6 +193,9 @@ LLMQ_PTX uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {  // bytes of
 LLMQ_PTX uint32_t shf_r(uint32_t low, uint32_t high, uint32_t bits) {  // bits modulo 32
   return __funnelshift_r(low, high, bits);
 }
+LLMQ_PTX uint32_t shf_rc(uint32_t low, uint32_t high, uint32_t bits) {  // at most 32 bits
+  return __funnelshift_rc(low, high, bits);
+}
 LLMQ_PTX uint32_t popc(uint32_t a) { return static_cast<uint32_t>(__popc(a)); }
 
 LLMQ_PTX uint32_t fma2(uint32_t a, uint32_t b, uint32_t c, Half) {

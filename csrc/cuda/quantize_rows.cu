@@ -27,9 +27,8 @@ LLMQ_PTX uint32_t block_max(uint32_t value, uint32_t* shared) {
 }
 
 __global__ void __launch_bounds__(kThreads) quantize(const QuantizeRows q) {
-  const int group = static_cast<int>(blockIdx.x), m = static_cast<int>(blockIdx.y);
-  const int groups = static_cast<int>(gridDim.x), thread = static_cast<int>(threadIdx.x);
-  const int64_t x = static_cast<int64_t>(m) * q.K + group * q.group_size;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t x = static_cast<int64_t>(blockIdx.x) * q.group_size;
 
   uint32_t bits = 0;
   for (int i = thread; i < q.group_size; i += kThreads) {
@@ -47,19 +46,15 @@ __global__ void __launch_bounds__(kThreads) quantize(const QuantizeRows q) {
   }
   if (thread == 0) {
     const float scale = finite ? ptx::div(amax, 127) : ptx::float_of(0x7fc00000u);
-    ptx::st_global(q.scale + static_cast<int64_t>(m) * groups + group, scale);
+    ptx::st_global(q.scale + blockIdx.x, scale);
   }
 }
 
 }  // namespace
 
 void quantize_rows(const QuantizeRows& q, void* stream) {
-  const Launch grid{static_cast<unsigned>(q.K / q.group_size),
-                    static_cast<unsigned>(q.M),
-                    1,
-                    kThreads,
-                    kThreads / 32 * sizeof(uint32_t),
-                    stream};
+  const Launch grid{static_cast<unsigned>(q.groups),  1,     1, kThreads,
+                    kThreads / 32 * sizeof(uint32_t), stream};
   launch(quantize, grid, q);
 }
 

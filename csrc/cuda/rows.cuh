@@ -14,8 +14,9 @@ namespace llmq::cuda {
 template <int kWeightBits>
 struct Rows {
   static constexpr int kBits = kWeightBits;
-  static constexpr int kChunk = kUnits * 16 * 8 / kBits;  // inputs
-  static constexpr int kParts = 8 / kBits;                // of 32 inputs in two units
+  static constexpr int kChunk = chunk_inputs(kBits);
+  static constexpr int kParts = 8 / kBits;  // of 32 inputs in two units
+  static constexpr int kPairs = kUnits / 2, kWords = 4, kTableBytes = 0;
   static constexpr int kStageBytes = kWarpOutputs * kUnits * 16;
 
   const unsigned char* from;  // of this lane: a unit of one row in four
@@ -45,8 +46,8 @@ struct Rows {
   }
 
   // Units 2·pair and 2·pair + 1 of tile r: word[0], word[1] of rows g, g + 8, then word[2], word[3].
-  LLMQ_PTX static void load(uint32_t (&words)[4], const unsigned char* stage, int r, int pair,
-                            int lane) {
+  LLMQ_PTX static void load(uint32_t (&words)[4], const unsigned char* stage, const unsigned char*,
+                            int r, int pair, int lane) {
     const int row = r * kTileRows + lane % 16;
     ptx::ldmatrix_x4(words, stage + row * 128 + ((2 * pair + lane / 16) ^ lane % 8) * 16);
   }

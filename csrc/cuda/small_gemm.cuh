@@ -117,11 +117,10 @@ struct Plan {
   static constexpr int kStages = 3 * kStageBytes <= 80 * 1024 ? 3 : 2;
   static constexpr int kScaleRows = X::kFoldsTokens ? kTokens : X::kCodes ? 0 : kBlockOutputs;
   static constexpr int kBytes = kStages * kStageBytes;
-  static constexpr int kUnroll = kT <= 4 ? kUnits / 2 : 1;  // more would spill
-  static constexpr int kBlocks = kT <= 2 ? 3 : kT == 4 ? 2 : 1;  // a multiprocessor, for registers
+  static constexpr int kBlocks = kT <= 2 ? 3 : 2;  // a multiprocessor, for registers
   static constexpr int kGroupBytes = kScaleRows * static_cast<int>(sizeof(FloatWord));
   // What a block may have on every GPU that the kernels are built for.
-  static_assert(kBytes + kMaxGroups * kGroupBytes <= 99 * 1024);
+  static_assert(kBytes + Weight::kTableBytes + kMaxGroups * kGroupBytes <= 99 * 1024);
 };
 
 // Scales of a slice, [groups, rows]: of outputs beside what takes their zero point away, of tokens.
@@ -196,7 +195,8 @@ LLMQ_PTX bool reduce(const SmallGemm& g, Sum (&sums)[kCount], const Wanted& want
   return true;
 }
 
-// `Weight` says how a warp's rows of a chunk come to shared memory and from there to A fragments.
+// `Weight` says how a warp's rows of a chunk come to shared memory and from there to A fragments. Its
+// load gives each lane, of 32 inputs a part, units of 4 or 8 inputs as `floats` or mma want them.
 template <class Weight, class X, int kT>
 __global__ void __launch_bounds__(kThreads, (Plan<Weight, X, kT>::kBlocks))
     small_gemm(const SmallGemm g) {
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, (Plan<Weight, X, kT>::kBlocks))
   const Slice slice(g, Weight::kChunk, X::kFoldsTokens ? g.x_groups : g.groups);
 
   unsigned char* const stages = ptx::shared_memory();
-  auto* const table = reinterpret_cast<FloatWord*>(stages + P::kBytes);
+  auto* const table = reinterpret_cast<FloatWord*>(stages + P::kBytes + Weight::kTableBytes);
   Weight weight(g, n0 + warp * kWarpOutputs, lane);
 
   const auto copy = [&](int chunk) {
@@ -233,6 +233,7 @@ __global__ void __launch_bounds__(kThreads, (Plan<Weight, X, kT>::kBlocks))
       ptx::st_shared(reinterpret_cast<Words4*>(x) + i, Words4{});
     }
   }
+  if constexpr (Weight::kTableBytes > 0) Weight::fill_table(stages + P::kBytes);
   if constexpr (kFolds) {
     load_scales<Weight, X>(g, slice, X::kFoldsTokens ? m0 : n0, kScaleRows, table);
   }
@@ -280,11 +281,13 @@ __global__ void __launch_bounds__(kThreads, (Plan<Weight, X, kT>::kBlocks))
     const unsigned char* const stage = stages + (chunk - slice.begin) % kStages * P::kStageBytes;
     const unsigned char* const w_stage = stage + warp * Weight::kStageBytes;
     const unsigned char* const x_stage = stage + P::kWeightBytes;
-#pragma unroll P::kUnroll
-    for (int pair = 0; pair < kUnits / 2; ++pair) {
-      uint32_t words[kTiles][4];
 #pragma unroll
-      for (int r = 0; r < kTiles; ++r) Weight::load(words[r], w_stage, r, pair, lane);
+    for (int pair = 0; pair < Weight::kPairs; ++pair) {
+      uint32_t words[kTiles][Weight::kWords];
+#pragma unroll
+      for (int r = 0; r < kTiles; ++r) {
+        weight.load(words[r], w_stage, stages + P::kBytes, r, pair, lane);
+      }
 #pragma unroll
       for (int part = 0; part < Weight::kParts; ++part) {
         const int block = pair * Weight::kParts + part;  // of 32 inputs
@@ -367,22 +370,21 @@ void launch_tiles(const SmallGemm& g, void* stream) {
                     static_cast<unsigned>(ceil_div(g.N, kBlockOutputs)),
                     static_cast<unsigned>(g.splits),
                     kThreads,
-                    P::kBytes + static_cast<size_t>(std::min(groups, kMaxGroups)) * P::kGroupBytes,
+                    P::kBytes + Weight::kTableBytes +
+                        static_cast<size_t>(std::min(groups, kMaxGroups)) * P::kGroupBytes,
                     stream};
   launch(small_gemm<Weight, X, kT>, grid, g);
 }
 
 template <class Weight, class X>
 void launch_small_gemm(const SmallGemm& g, void* stream) {
-  switch (block_tokens(g.M, X::kCodes)) {
+  switch (block_tokens(g.M)) {
     case 8:
       return launch_tiles<Weight, X, 1>(g, stream);
     case 16:
       return launch_tiles<Weight, X, 2>(g, stream);
-    case 32:
-      return launch_tiles<Weight, X, 4>(g, stream);
     default:
-      if constexpr (X::kCodes) launch_tiles<Weight, X, 8>(g, stream);
+      return launch_tiles<Weight, X, 4>(g, stream);
   }
 }
 

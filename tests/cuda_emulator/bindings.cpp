@@ -29,6 +29,7 @@ const char* guarded(const Launch& launch) {
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // Kernels may touch registered memory only.
@@ -56,3 +57,4 @@ const char* run_quantize(const QuantizeRows* q) {
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

@@ -197,6 +197,9 @@ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
 inline uint32_t shf_r(uint32_t low, uint32_t high, uint32_t bits) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (bits & 31));
 }
+inline uint32_t shf_rc(uint32_t low, uint32_t high, uint32_t bits) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> std::min(bits, 32u));
+}
 inline uint32_t popc(uint32_t a) { return static_cast<uint32_t>(std::popcount(a)); }
 
 // Tensor cores

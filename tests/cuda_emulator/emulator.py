@@ -21,6 +21,8 @@ BLOCK_OUTPUTS = 128
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # No contraction: what must round on its own is written so for the GPU, too.
 FLAGS = ["-std=c++20", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+# No symbol is shared among libraries, each of which is a machine of its own.
+FLAGS += ["-fno-gnu-unique", "-fvisibility=hidden"]
 FLAGS += ["-Wno-unknown-pragmas", "-Wno-clobbered", "-U_FORTIFY_SOURCE", "-DLLMQ_CUDA_EMULATOR"]
 
 P, INT, I64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -31,7 +33,7 @@ class SmallGemm(ctypes.Structure):
 
     _fields_ = (
         *(("x", P), ("x_dtype", INT), ("x_scale", P), ("x_groups", INT)),
-        *(("weight", P), ("scale", P), ("zero_point", P)),
+        *(("weight", P), ("bitmask", P), ("offsets", P), ("scale", P), ("zero_point", P)),
         *(("groups", INT), ("bias", P), ("bias_dtype", INT), ("y", P), ("y_dtype", INT)),
         *(("M", INT), ("N", INT), ("K", INT), ("splits", INT), ("partial", P), ("arrivals", P)),
     )
@@ -41,7 +43,7 @@ class QuantizeRows(ctypes.Structure):
     """QuantizeRows of csrc/cuda/kernels.h."""
 
     _fields_ = (
-        *(("x", P), ("x_dtype", INT), ("M", INT), ("K", INT), ("group_size", INT)),
+        *(("x", P), ("x_dtype", INT), ("groups", I64), ("group_size", INT)),
         *(("codes", P), ("scale", P)),
     )
 
@@ -60,7 +62,13 @@ class Counters(ctypes.Structure):
     )
 
 
-def build(sources: list[Path], target: Path, optimize: str) -> Path:
+def build(
+    sources: list[Path],
+    target: Path,
+    optimize: str,
+    flags: tuple[str, ...] = (),
+    libraries: tuple[str, ...] = (),
+) -> Path:
     """Compile what changed of `sources` into the shared library `target`."""
     compiler = shutil.which("g++")
     if compiler is None:
@@ -79,7 +87,7 @@ def build(sources: list[Path], target: Path, optimize: str) -> Path:
         if not built.exists() or built.stat().st_mtime < max(newest, source.stat().st_mtime):
             partial = built.with_suffix(".partial")
             language = ["-x", "c++", "-c", str(source), "-o", str(partial)]
-            run([compiler, *FLAGS, optimize, f"-I{HERE}", *language])
+            run([compiler, *FLAGS, *flags, optimize, f"-I{HERE}", *language])
             os.replace(partial, built)
         return built
 
@@ -87,7 +95,7 @@ def build(sources: list[Path], target: Path, optimize: str) -> Path:
         objects = list(pool.map(compile_one, sources))
     if not target.exists() or target.stat().st_mtime < max(o.stat().st_mtime for o in objects):
         partial = target.with_suffix(".partial")
-        run([compiler, "-shared", *map(str, objects), "-o", str(partial)])
+        run([compiler, "-shared", *map(str, objects), "-o", str(partial), *libraries])
         os.replace(partial, target)
     return target
 
@@ -106,6 +114,17 @@ def load(sources: list[Path], target: Path, optimize: str = "-O1") -> ctypes.CDL
 def library() -> ctypes.CDLL:
     """Every kernel of csrc/cuda, emulated."""
     return load(sorted(CUDA.glob("*.cu")), ROOT / "build/cuda_emulator/kernels.so")
+
+
+@functools.cache
+def load_ops() -> None:
+    """Give the ops cuda_… an implementation for CPU tensors: their own driver, kernels emulated."""
+    torch_folder = Path(torch.__file__).parent
+    flags = ("-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem{torch_folder}/include")
+    sources = [*CUDA.glob("*.cpp"), *CUDA.glob("*.cu"), HERE / "ops.cpp"]
+    libraries = (f"-L{torch_folder}/lib", "-ltorch_cpu")
+    target = ROOT / "build/cuda_emulator_ops/ops.so"
+    torch.ops.load_library(str(build(sources, target, "-O1", flags, libraries)))
 
 
 def launch(
@@ -137,8 +156,8 @@ def small_gemm(
     loaded: ctypes.CDLL | None = None,
 ) -> tuple[Tensor, Counters]:
     """Return y [M, N] of a SmallGemm, whose fields are the tensors `memory` names."""
-    M, codes = x.shape[0], x.dtype == torch.int8
-    tokens = 8 if M <= 8 else 16 if M <= 16 else 32 if M <= 32 or not codes else 64
+    M = x.shape[0]
+    tokens = 8 if M <= 8 else 16 if M <= 16 else 32
     blocks = -(-N // BLOCK_OUTPUTS) * -(-M // tokens)
     y = torch.full((M, N), float("nan"), dtype=dtype)
     memory = {"x": x, "y": y, **memory}
@@ -178,8 +197,7 @@ def quantize(x: Tensor, group_size: int = 0) -> tuple[Tensor, Tensor]:
     q = QuantizeRows(
         **{key: tensor.data_ptr() for key, tensor in memory.items()},
         x_dtype=DTYPES[x.dtype],
-        M=M,
-        K=K,
+        groups=M * K // group,
         group_size=group,
     )
     launch(library(), "run_quantize", ctypes.byref(q), memory=memory)

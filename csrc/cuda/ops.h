@@ -1,0 +1,31 @@
+// The native CUDA ops; schemas and meanings are in llmq/ops.py.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+namespace llmq::cuda {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x, int64_t group_size);
+
+Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                   const OptionalTensor& bias, int64_t activation_group_size);
+
+Tensor weight_only_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                          const OptionalTensor& weight_zero_point, const OptionalTensor& bias,
+                          int64_t bits, std::optional<int64_t> activation_group_size);
+
+Tensor bitmap_sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_bitmask,
+                            const Tensor& row_offsets, const OptionalTensor& weight_scale,
+                            const OptionalTensor& bias,
+                            std::optional<int64_t> activation_group_size);
+Tensor expand_bitmap(const Tensor& weight, const Tensor& weight_bitmask, const Tensor& row_offsets,
+                     int64_t N, int64_t K);
+
+}  // namespace llmq::cuda

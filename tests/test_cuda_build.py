@@ -1,0 +1,94 @@
+"""The CUDA part compiles: without spills for each GPU, and as part of the complete extension."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cuda_emulator import emulator
+
+# The oldest, and the one with the most to go wrong; `make cuda-archs` compiles for all.
+ARCHS = os.environ.get("LLMQ_CUDA_ARCHS", "sm_80 sm_90a").split()
+SOURCES = sorted(path.name for path in emulator.CUDA.glob("*.cu"))
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc to compile with")
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_compiles_without_warnings_spills_or_local_memory(
+    source: str, arch: str, tmp_path: Path
+) -> None:
+    flags = ["-std=c++20", "-O3", f"-arch={arch}", "-Xptxas=-v", "-Werror=all-warnings", "-cubin"]
+    target = str(tmp_path / "kernel.cubin")
+    command = ["nvcc", *flags, str(emulator.CUDA / source), "-o", target]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    usage = re.findall(r"(\d+) bytes (stack frame|spill stores|spill loads)", result.stderr)
+    assert usage and all(size == "0" for size, _ in usage), f"{source}: {usage}"
+
+
+def _build(folder: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    command += ["--build-lib", str(emulator.ROOT / "build" / folder / "lib")]
+    return subprocess.run(
+        command,
+        cwd=emulator.ROOT,
+        env={**os.environ, "LLMQ_BUILD": folder, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_the_complete_extension_compiles_and_loads_without_a_gpu() -> None:
+    built = _build("cuda", LLMQ_CUDA="1", LLMQ_CUDA_ARCHS="sm_90a")
+    assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-2000:]
+    code = """
+import torch, llmq
+from llmq import dispatch, extension
+assert extension.load().loaded, extension.load().error
+assert dispatch.has_cuda("int8_linear") and dispatch.has_cuda("weight_only_linear")
+for op, dtype, M in (("int8_linear", torch.float32, 1), ("weight_only_linear", torch.float16, 64)):
+    form = dispatch.Format(activation_group=0 if op == "int8_linear" else None)
+    assert dispatch.choose(op, "cuda", dtype, M, 33, 64, form).name == f"{op}_cuda"
+    for K in (63, 65, 72):  # rows that do not begin on 16 bytes
+        assert dispatch.choose(op, "cuda", dtype, M, 33, K, form).name != f"{op}_cuda"
+x = torch.randn(3, 64)
+assert torch.ops.llmq.quantize_activation(x, 0)[0].dtype == torch.int8
+"""
+    library = str(emulator.ROOT / "build" / "cuda" / "_C.abi3.so")
+    environment = {**os.environ, "LLMQ_LIBRARY": library, "PYTHONPATH": str(emulator.ROOT)}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def test_a_missing_toolkit_is_named(tmp_path: Path) -> None:
+    code = """
+import setuptools
+setuptools.setup = lambda **arguments: None
+import setup
+setup.shutil.which = lambda name: None
+setup.Path = lambda path: __import__("pathlib").Path("/nowhere")
+try:
+    setup.find_cuda(None)
+except RuntimeError as error:
+    assert "no nvcc" in str(error) and "CUDA_HOME" in str(error), error
+else:
+    raise AssertionError("forced without a toolkit, and no error")
+"""
+    environment = {**os.environ, "LLMQ_CUDA": "1"}
+    command = [sys.executable, "-c", code]
+    options = {"env": environment, "capture_output": True, "text": True, "cwd": emulator.ROOT}
+    result = subprocess.run(command, **options)
+    assert result.returncode == 0, result.stderr[-2000:]
