@@ -128,7 +128,9 @@ def build(run: Run) -> dict[str, Any]:
     if extension.load().loaded or run.args.dry_run or shutil.which("nvcc") is None:
         return {"loaded": str(extension.load().path), "nvcc": shutil.which("nvcc")}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    major, minor = torch.cuda.get_device_capability()
+    arch = {"LLMQ_CUDA_ARCHS": f"sm_{major}{minor}{'a' if major >= 9 else ''}"} | os.environ
+    done = subprocess.run(command, cwd=ROOT, env=arch, capture_output=True, text=True, timeout=300)
     extension.load.cache_clear()
     dispatch.has_cuda.cache_clear()
     dispatch.choose_gpu.cache_clear()
