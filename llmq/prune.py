@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from tqdm.auto import tqdm
 
 from llmq.algorithms import blockwise, magnitude, sparsegpt, structured, surgeon, wanda
 from llmq.algorithms.calibration import Statistics
+from llmq.algorithms.resume import Kept, fingerprint
 from llmq.calibrate import calls_of
 from llmq.nn import QuantLinear, SparseLinear, linear_weight
-from llmq.report import Change, attach, relative_error
+from llmq.report import Change, attach, few, relative_error
 from llmq.scheme import Pattern, parse_pattern
 from llmq.walk import Target, check_weight, find, swap
 
@@ -27,6 +29,7 @@ def prune(
     method: str = "magnitude",
     data: Any = None,
     skip: tuple[str, ...] | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Prune the linear layers of `model` in place and return it; the report is attached.
 
@@ -48,6 +51,8 @@ def prune(
             tokenizer), or any iterable of what the model takes (`llmq.calibrate.calls_of`). A
             block at a time is in memory beside the model.
         skip: patterns of layers to leave alone, as in `quantize`.
+        resume: a directory that keeps each block once it is done, from which the same call goes on
+            if it was interrupted; only with data.
 
     Raises:
         ValueError: naming the layer, if its weight is not finite, the pattern does not divide it,
@@ -58,6 +63,8 @@ def prune(
     rate = _check_rate(pruning_rate)
     parsed = parse_pattern(pattern)
     _check_method(method, data)
+    if resume is not None and (data is None or parsed.kind == "structured"):
+        raise ValueError("resume goes with data, and with patterns other than structured")
     if parsed.kind == "2:4" and rate != 0.5:
         raise ValueError(f"pattern 2:4 drops two of each four: its rate is 0.5, got {rate}")
     found = find(model, skip, embeddings=False)
@@ -82,6 +89,8 @@ def prune(
             _share(layers[0], layer)
         return list(layers)
 
+    errors: dict[str, float] = {}
+    choice = ""
     if rate == 0:
         replacements = []
     elif data is None:
@@ -91,14 +100,22 @@ def prune(
             ]
     else:
         calls = calls_of(model, data)
-        replacements, _ = blockwise.compress(
-            model, found, calls, convert, what="prune", full=method == "sparsegpt"
-        )
+        kept = None
+        if resume is not None:
+            options = f"prune {rate} {parsed.name} {method}"
+            kept = Kept(resume, fingerprint(options, found.groups, calls))
+        full = method == "sparsegpt"
+        done = blockwise.compress(model, found, calls, convert, what="prune", full=full, kept=kept)
+        replacements, errors = done.layers, done.errors
+        choice = f"{method}, calibrated on {len(calls)} batches"
+        if done.unreached:
+            choice += f"; by magnitude, as no data reached them: {few(done.unreached)}"
     changes = {target.name: _change(target, layer) for target, layer in replacements}
+    changes.update({n: changes[n]._replace(weight_error=e) for n, e in errors.items()})
     swap(model, found, replacements)
     if rate == 0:
         found.reasons.update({t.name: "pruning_rate=0" for group in found.groups for t in group})
-    attach(model, changes, found.reasons)
+    attach(model, changes, found.reasons, choice)
     return model
 
 

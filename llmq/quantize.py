@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 from llmq import dispatch
 from llmq.algorithms import blockwise, rounding
 from llmq.algorithms.calibration import Statistics
+from llmq.algorithms.resume import Kept, fingerprint
 from llmq.algorithms.scaling import SCALINGS, Scaling
 from llmq.calibrate import calls_of
 from llmq.nn import (
@@ -23,7 +25,7 @@ from llmq.nn import (
     embedding_factor,
     linear_weight,
 )
-from llmq.report import Change, attach, relative_error
+from llmq.report import Change, attach, few, relative_error
 from llmq.scheme import Scheme, resolve_scheme
 from llmq.walk import Target, check_weight, find, swap
 
@@ -38,6 +40,7 @@ def quantize(
     data: Any = None,
     algorithm: str = "rtn",
     skip: tuple[str, ...] | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Quantize the linear layers of `model` in place and return it; the report is attached.
 
@@ -61,6 +64,8 @@ def quantize(
             `"layers.0"`) or a shell pattern for the whole of it. None skips the output embedding,
             what shares its tensor, and routers of experts; `()` skips nothing and compresses
             embeddings too, as int8 by row.
+        resume: a directory that keeps each block once it is done, from which the same call goes on
+            if it was interrupted; only with data.
 
     Raises:
         ValueError: naming the layer, if a weight is not finite or of another dtype, a group size
@@ -73,6 +78,8 @@ def quantize(
         >>> print(model.llmq_report)
     """
     scaling, how = _parse_algorithm(algorithm, data)
+    if resume is not None and data is None:
+        raise ValueError("resume goes with data: without it there is next to nothing to resume")
     picked, choice = _pick(model, bits, scheme)
     found = find(model, skip, embeddings=True)
     for group in found.groups:
@@ -83,6 +90,7 @@ def quantize(
         fitted = _fitted(picked, group[0], scheme is not None)
         return _convert(group, fitted, how, statistics)
 
+    errors: dict[str, float] = {}
     if data is None:
         replacements = []
         with tqdm(found.groups, desc="quantize", unit="layer", delay=1, leave=False) as progress:
@@ -101,23 +109,17 @@ def quantize(
             for t in group
         }
         scaled = None if scaling is None else Scaling(scaling, schemes)
-        try:
-            replacements, unreached = blockwise.compress(
-                model,
-                found,
-                calls,
-                convert,
-                what="quantize",
-                full=how == "gptq",
-                sample=scaled is not None,
-                prepare=None if scaled is None else scaled.prepare,
-            )
-        except BaseException:
-            if scaled is not None:
-                scaled.journal.undo()
-            raise
-        choice = _said(choice, algorithm, len(calls), scaled, unreached)
+        kept = None
+        if resume is not None:
+            kept = Kept(resume, fingerprint(f"quantize {schemes} {algorithm}", found.groups, calls))
+        full = how == "gptq"
+        done = blockwise.compress(
+            model, found, calls, convert, what="quantize", full=full, scaling=scaled, kept=kept
+        )
+        replacements, errors = done.layers, done.errors
+        choice = _said(choice, algorithm, len(calls), scaled, done.unreached)
     changes = {target.name: _change(target, layer) for target, layer in replacements}
+    changes.update({n: changes[n]._replace(weight_error=e) for n, e in errors.items()})
     swap(model, found, replacements)
     if choice:
         _log.info(choice)
@@ -136,15 +138,10 @@ def _said(
         of = f"{len(scaled.folded)} of {len(scaled.schemes)} layers"
         lines.append(f"{scaled.kind}: folded exactly for the inputs of {of}")
         if left:
-            lines.append(f"  not, as nothing before them takes the scales: {_few(left)}")
+            lines.append(f"  not, as nothing before them takes the scales: {few(left)}")
     if unreached:
-        lines.append(f"rounded to nearest, as no data reached them: {_few(unreached)}")
+        lines.append(f"rounded to nearest, as no data reached them: {few(unreached)}")
     return "\n".join(lines)
-
-
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-    return ", ".join(names[:6]) + more
 
 
 def _parse_algorithm(algorithm: str, data: Any) -> tuple[str | None, str]:

@@ -163,6 +163,12 @@ def layer_report(
     )
 
 
+def few(names: list[str]) -> str:
+    """Return the first of many names, and how many more there are."""
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return ", ".join(names[:6]) + more
+
+
 def relative_error(before: Tensor, after: Tensor) -> float:
     """Return ‖before − after‖ / ‖before‖ of two weights [N, K]; 0 where both are zero."""
     norm = torch.linalg.vector_norm(before.float())

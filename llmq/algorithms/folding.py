@@ -43,6 +43,10 @@ class Journal:
             module, name, parameter = self._before.pop()
             module._parameters[name] = parameter
 
+    def changed(self, since: int) -> list[tuple[nn.Module, str]]:
+        """Return the modules and names of the parameters replaced after the first `since`."""
+        return [(module, name) for module, name, _ in self._before[since:]]
+
     def __len__(self) -> int:
         return len(self._before)
 

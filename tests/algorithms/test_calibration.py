@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -308,3 +309,39 @@ def test_an_interrupted_verb_leaves_the_model_as_it_was(
     for key, tensor in model.state_dict().items():
         assert_equal(tensor, state[key], key)
     assert model.config.use_cache
+
+
+@pytest.mark.parametrize("verb", ["quantize", "prune"])
+def test_an_interrupted_verb_goes_on(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an interruption in the second block, the same call redoes no layer of the first."""
+    from llmq.algorithms import surgeon
+
+    data: Any = [families.inputs("gemma2")]
+    options: dict[str, Any] = {"scheme": "w8a8", "algorithm": "smoothquant+gptq", "data": data}
+    if verb == "prune":
+        options = {"method": "sparsegpt", "data": data}
+    run = getattr(llmq, verb)
+    expected = run(families.make("gemma2"), **options)
+    solve, count, limit = surgeon.solve, [0], [9]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        if count[0] > limit[0]:
+            raise KeyboardInterrupt
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr(surgeon, "solve", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(families.make("gemma2"), **options, resume=tmp_path / "kept")
+    count[0], limit[0] = 0, 99
+    model = run(families.make("gemma2"), **options, resume=tmp_path / "kept")
+    assert count[0] == 7  # of 14 layers
+    state = model.state_dict()
+    for name, tensor in expected.state_dict().items():
+        assert_equal(state[name], tensor, name)
+    assert str(model.llmq_report) == str(expected.llmq_report)
+    other: Any = [{"input_ids": torch.arange(3, 20)[None]}]
+    with pytest.raises(ValueError, match="another model, data or options"):
+        run(families.make("gemma2"), **{**options, "data": other}, resume=tmp_path / "kept")
