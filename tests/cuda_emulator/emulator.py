@@ -85,7 +85,7 @@ def build(
     def compile_one(source: Path) -> Path:
         built = folder / f"{source.stem}.o"
         if not built.exists() or built.stat().st_mtime < max(newest, source.stat().st_mtime):
-            partial = built.with_suffix(".partial")
+            partial = built.with_suffix(f".{os.getpid()}")
             language = ["-x", "c++", "-c", str(source), "-o", str(partial)]
             run([compiler, *FLAGS, *flags, optimize, f"-I{HERE}", *language])
             os.replace(partial, built)
@@ -94,7 +94,7 @@ def build(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sources))
     if not target.exists() or target.stat().st_mtime < max(o.stat().st_mtime for o in objects):
-        partial = target.with_suffix(".partial")
+        partial = target.with_suffix(f".{os.getpid()}")
         run([compiler, "-shared", *map(str, objects), "-o", str(partial), *libraries])
         os.replace(partial, target)
     return target
