@@ -93,8 +93,10 @@ def train(
     started = saved = time.monotonic()
     first = len(history.losses)
     every = settings.validate_every or max(1, total // 10)
-    if validation is not None and not history.validation:
-        best.offer(history, 0, _validate(model, validation, settings, teacher))
+    # At the start, or where an interruption came between a step and its validation.
+    due = first % every == 0 and (not history.validation or history.validation[-1][0] < first)
+    if validation is not None and due:
+        best.offer(history, first, _validate(model, validation, settings, teacher))
     given = _cycle(batches, total * settings.accumulate)
     whole = True  # whether parameters and history are of the same step
     try:

@@ -351,6 +351,31 @@ def test_an_interruption_from_the_keyboard_loses_no_step(tmp_path: Path) -> None
     assert llmq.fine_tune(model, batches, checkpoint_dir=tmp_path).resumed_at == 3
 
 
+def test_an_interruption_loses_no_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    module = sys.modules["llmq.training"]
+    genuine, calls = module._validate, []
+
+    def stopped(*args: object) -> float:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return genuine(*args)
+
+    monkeypatch.setattr(module, "_validate", stopped)
+    model = llmq.quantize(llama(), scheme="w8a8")
+    kind = {"validation": [ids(4, 9)], "validate_every": 2, "checkpoint_dir": tmp_path}
+    batches = [ids(4, seed) for seed in range(6)]
+    with pytest.raises(KeyboardInterrupt):
+        llmq.fine_tune(model, batches, **kind)
+    history = llmq.fine_tune(model, batches, **kind)
+    assert history.resumed_at == 2
+    assert [step for step, _ in history.validation] == [0, 2, 4, 6]
+
+
 def test_padding_of_a_bare_encoder_teaches_nothing() -> None:
     torch.manual_seed(0)
     teacher, student = (families.ENCODERS["bert"]().eval() for _ in range(2))
