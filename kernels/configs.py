@@ -167,7 +167,7 @@ def for_float32(config: Config) -> Config:
     """Return the config for float32 inputs: three TF32 products hold their operands twice."""
     return replace(
         config,
-        BLOCK_M=min(config.BLOCK_M, 64),
+        BLOCK_M=min(config.BLOCK_M, 32),
         BLOCK_N=min(config.BLOCK_N, 64),
         BLOCK_K=min(config.BLOCK_K, LEAST_K),
         num_warps=min(config.num_warps, 4),
