@@ -1,9 +1,9 @@
 // bitmap_sparse_linear for few tokens: y = x Wᵀ + bias of which one bit a weight and the values are
 // read: W int8 with int8 or floating-point inputs, or in the inputs' own type.
 //
-// At density d a weight is d + 0.14 bytes (int8; 2d + 0.14 otherwise). Decoding costs some 2.5
-// instructions a weight (bitmap_tiles.cuh), which bounds it next to bandwidth: benchmarks/results/
-// static has both. For more tokens `expand` writes the matrix out, for a dense product to take.
+// At density d a weight is d + 0.14 bytes (int8; 2d + 0.14 otherwise). Issuing its instructions bounds
+// it: 7 a weight with int8 inputs, which at half density allows 0.79 of an H100's bandwidth and 0.91
+// of an A100's (benchmarks/results/static/cuda.json); not yet measured. For more tokens `expand` writes the matrix out, for a dense product to take.
 #include "bitmap_tiles.cuh"
 
 namespace llmq::cuda {
