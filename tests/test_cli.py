@@ -237,3 +237,30 @@ def test_demo_writes_table_json_and_page(capsys, original, tmp_path, monkeypatch
 
     status, output, _ = run(capsys, "demo", "--quick", "-o", out, "--markdown")
     assert status == 0 and output.startswith("| model |")  # from the cache: no second training
+
+
+def test_compress_calibrates(
+    capsys: pytest.CaptureFixture[str], original: Path, text: Path, tmp_path: Path
+) -> None:
+    calibrated = ("--calibrate", text, "--windows", 2)
+    status, out, err = run(
+        capsys,
+        *("compress", original, "-o", tmp_path / "small", "--scheme", "w8a8", "--prune", 0.5),
+        *("--method", "sparsegpt", "--algorithm", "smoothquant+gptq", *calibrated),
+    )
+    assert status == 0, err
+    assert "smoothquant+gptq, calibrated on 2 batches" in out
+    for options, message in (
+        (("--algorithm", "gptq"), "algorithm 'gptq' needs data"),
+        (("--algorithm", "magic"), "unknown algorithm 'magic'; there is rtn"),
+        (calibrated, "--calibrate goes with --algorithm"),
+        (("--prune", 0.5, "--method", "wanda"), "method 'wanda' needs data"),
+    ):
+        status, _, err = run(capsys, "compress", original, "-o", tmp_path / "none", *options)
+        assert status == 1 and message in err
+        assert not (tmp_path / "none").exists()
+    text_of_few = tmp_path / "few.txt"
+    text_of_few.write_text("few words")
+    few = ("--algorithm", "gptq", "--calibrate", text_of_few)
+    status, _, err = run(capsys, "compress", original, "-o", tmp_path / "none", *few)
+    assert status == 1 and "at least 512 would do" in err
