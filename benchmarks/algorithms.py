@@ -182,7 +182,9 @@ def table(record: dict[str, Any]) -> str:
 def main() -> None:
     """Measure the cases that are named, or show what was measured."""
     parser = argparse.ArgumentParser(description="measure calibrated algorithms")
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join((*CASES, *MINILM)))
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help=", ".join((*CASES, *MINILM)).replace("%", "%%")
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     cases = [*CASES, *MINILM] if args.cases == ["all"] else args.cases
