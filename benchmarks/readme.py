@@ -3,7 +3,7 @@
     python -m benchmarks.readme                              # after any benchmark wrote its file
     python -m benchmarks.readme --demo demo-report/demo.json # keeps a demo's figures first
 
-A table stands between `<!-- table KIND FILE -->` and `<!-- end -->`.
+A table stands between `<!-- table KIND FILE[,FILE …] -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compare, results
+from benchmarks import algorithms, compare, results
 from benchmarks.peers import PEERS
 from llmq import demo
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+_CASES = {  # of benchmarks.recovery
+    "minilm": "MiniLM, 50 % sparse w8a8",
+    "t5": "T5, 50 % sparse w8a8",
+    "bert": "MiniLM, a quarter of heads and channels gone",
+}
 _TABLE = re.compile(r"(<!-- table (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -69,6 +74,26 @@ def model(record: dict[str, Any]) -> str:
     return f"{_table(['', 'prefill tok/s', 'decode tok/s'], rows)}\n\n{_machine(record)}."
 
 
+def recovery(*records: dict[str, Any]) -> str:
+    """Return what a task's model scored before, compressed and recovered, a row a record."""
+    titles = {"r8": "Reuters R8", "retrieval": "retrieval", "exact_match": "exact match"}
+    rows = []
+    for record in records:
+        original, compressed, recovered = record["rows"]
+        for metric, title in titles.items():
+            if metric not in original:
+                continue
+            scores = [f"{100 * row[metric]:.2f} %" for row in (original, compressed, recovered)]
+            change = recovered[f"{metric}_change"]
+            value, low, high = (100 * change[key] for key in ("value", "low", "high"))
+            size = f"{original['bytes'] / 1e6:.1f} → {recovered['bytes'] / 1e6:.1f}"
+            interval = f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+            case = Path(record["file"]).stem.split("_")[1]
+            rows.append([f"{_CASES[case]}: {title}", size, *scores, interval])
+    head = ["", "MB", "original", "compressed", "recovered", "points, 95 %"]
+    return _table(head, rows)
+
+
 def t5(record: dict[str, Any]) -> str:
     """Return a T5's exact match and phoneme error, a row a scheme."""
     rows = [
@@ -89,11 +114,13 @@ def _machine(record: dict[str, Any]) -> str:
     return f"{m['cpu']}, {m['threads']} thread{plural}, {m['isa']}, torch {m['torch']}"
 
 
-KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
+KINDS: dict[str, Callable[..., str]] = {
+    "algorithms": algorithms.table,
     "demo": demo.markdown,
     "linear": linear,
     "model": model,
     "peers": peers,
+    "recovery": recovery,
     "t5": t5,
 }
 
@@ -103,8 +130,10 @@ def filled(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         start, kind, file, end = match.groups()
-        record = json.loads((ROOT / file).read_text())
-        return f"{start}{KINDS[kind](record)}\n{end}"
+        records = [
+            json.loads((ROOT / name).read_text()) | {"file": name} for name in file.split(",")
+        ]
+        return f"{start}{KINDS[kind](*records)}\n{end}"
 
     return _TABLE.sub(table, text)
 

@@ -42,7 +42,8 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("name", DOCS)
 def test_paths_exist(name):
     places = (ROOT, (ROOT / name).parent)
-    texts = [*quoted(DOCS[name]), *re.findall(r"<!-- table \w+ (\S+) -->", DOCS[name])]
+    files = re.findall(r"<!-- table \w+ (\S+) -->", DOCS[name])
+    texts = [*quoted(DOCS[name]), *(file for names in files for file in names.split(","))]
     paths = [t for t in texts if re.fullmatch(r"[\w./-]*(/|\.(py|md|h|cpp|json|txt))[\w./-]*", t)]
     missing = [
         path
