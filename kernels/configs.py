@@ -127,14 +127,14 @@ TILES: dict[str, dict[int, tuple[tuple[int, int, Config], ...]]] = {
 TILES["block_sparse_gemm"] = {
     80: ((1, 16, Config(16, 64, 128, 4, 4)), (17, _MANY, Config(128, 128, 64, 8, 3))),
     90: ((1, 16, Config(16, 64, 128, 4, 4)), (17, _MANY, Config(128, 128, 128, 8, 3))),
-    100: ((1, 16, Config(16, 64, 128, 4, 4)), (17, _MANY, Config(128, 128, 128, 8, 3))),
+    100: ((1, 16, Config(16, 64, 128, 4, 4)), (17, _MANY, Config(128, 128, 64, 8, 3))),
 }
 TILES["bitmap_gemm"] = {
     column: ((1, 16, Config(16, 32, 128, 4, 2)), (17, _MANY, Config(64, 64, 64, 4, 2)))
     for column in (80, 90, 100)
 }
-for _family in ("grouped_int8_gemm", "weight_only_gemm"):
-    TILES[_family][100] = TILES[_family][90]
+TILES["weight_only_gemm"][100] = TILES["weight_only_gemm"][90]
+TILES["grouped_int8_gemm"][100] = TILES["grouped_int8_gemm"][90][:2]  # the third one spills
 SPLITTING = ("int8_gemm", "grouped_int8_gemm", "weight_only_gemm")  # those that can split K
 LEAST_K = 32  # of a tile: what one int8 instruction takes
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
