@@ -42,13 +42,14 @@ TRITON_MODULES = {
 
 # op → rows of (tokens up to this many, kinds of kernel, best first); the first that is there and
 # takes the call runs it, or else the reference. CUDA kernels are those that Triton does not reach:
-# few tokens, bitmaps, 2:4. The limits follow from what bounds each kernel; not yet measured.
+# few tokens, bitmaps, 2:4. "dense" writes the weight out, for the op of dense weights. The limits
+# follow from what bounds each kernel; not yet measured.
 GPU_KERNELS: dict[str, tuple[tuple[float, tuple[str, ...]], ...]] = {
     "quantize_activation": ((math.inf, ("triton", "cuda")),),
     "int8_linear": ((32, ("cuda", "triton")), (math.inf, ("triton", "cuda"))),
     "weight_only_linear": ((64, ("cuda", "triton")), (math.inf, ("triton", "cuda"))),
     "codebook_linear": ((math.inf, ("triton",)),),
-    "bitmap_sparse_linear": ((64, ("cuda", "triton")), (math.inf, ("triton", "cuda"))),
+    "bitmap_sparse_linear": ((64, ("cuda", "triton", "dense")), (math.inf, ("triton", "dense"))),
     "semi_structured_linear": ((63, ("triton", "cuda")), (math.inf, ("cuda", "triton"))),
     "block_sparse_linear": ((math.inf, ("triton",)),),
 }
@@ -70,11 +71,13 @@ class Format(NamedTuple):
         group: inputs that share a weight scale; 0 is the whole row.
         activation_group: inputs that share an activation scale; 0 is the whole token, None leaves
             inputs in floating point.
+        tiles: whether the weight stands in bitmap tiles, which CUDA kernels alone read.
     """
 
     bits: int = 8
     group: int = 0
     activation_group: int | None = None
+    tiles: bool = False
 
 
 def choose(
@@ -146,11 +149,17 @@ def _refusal(
         return f"no kernel for {dtype}"
     if kind == "cuda":
         return _cuda_refusal(op, dtype, K, form) if has_cuda(op) else "not compiled in"
+    if kind == "dense":
+        if not form.tiles or K % 4:
+            return "expands bitmap tiles of rows of a multiple of 4 weights alone"
+        return None if has_cuda("expand_bitmap") else "not compiled in"
     missing = [name for name in ("triton", "llmq_kernels") if not _found(name)]
     if missing:
         return f"{' and '.join(missing)} not installed"
     if op not in TRITON_MODULES:
         return f"no kernel for {op}"
+    if form.tiles:
+        return "reads no bitmap tiles"
     if form.bits == 4 and form.group % 2:
         return f"groups of {form.group} share bytes of 4-bit weights"
     found = capability(index)
@@ -163,6 +172,8 @@ def _refusal(
 def _cuda_refusal(op: str, dtype: torch.dtype, K: int, form: Format) -> str | None:
     if op == "quantize_activation":
         return None
+    if op == "bitmap_sparse_linear" and not form.tiles:
+        return "reads bitmap tiles alone"
     if K * form.bits % 128:
         return f"rows of {K} weights of {form.bits} bits are no multiple of 16 bytes"
     group = form.group if form.activation_group is None else form.activation_group
@@ -223,3 +234,12 @@ def keeps_panels(device: torch.device, scheme: Scheme | None) -> bool:
     step = 32 // scheme.bits
     groups = (scheme.group_size, scheme.activation_group_size)
     return all(group is None or group % step == 0 for group in groups)
+
+
+def keeps_tiles(device: torch.device, scheme: Scheme | None, K: int) -> bool:
+    """Whether a layer of `scheme` and K inputs holds an unstructured weight in bitmap tiles."""
+    op = "bitmap_sparse_linear"
+    if device.type != "cuda" or scheme is None or not has_cuda(op):
+        return False
+    group = None if scheme.activations is None else scheme.activation_group_size or 0
+    return _cuda_refusal(op, torch.bfloat16, K, Format(8, 0, group, tiles=True)) is None

@@ -2,7 +2,8 @@
 
 Triton's are functions of `llmq_kernels`, imported when first needed; CUDA's are ops of the compiled
 library, `cuda_<op>`. Both take the arguments of the op they stand for: already checked, no size 0,
-x as it lies and all other tensors contiguous. Nothing here waits for the GPU or reads from it, so
+x as it lies and all other tensors contiguous. Many tokens of a weight in bitmap tiles go by the op
+of dense weights, which asks anew. Nothing here waits for the GPU or reads from it, so
 calls can be captured in graphs.
 """
 
@@ -15,6 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from llmq import dispatch
 
@@ -56,8 +59,33 @@ def run(
 def _function(op: str, kernel: str) -> Callable[..., Any]:
     if kernel.endswith("_cuda"):
         return getattr(torch.ops.llmq, f"cuda_{op}").default
+    if kernel.endswith("_dense"):
+        return _expanded
     module = importlib.import_module(f"llmq_kernels.{dispatch.TRITON_MODULES[op]}")
     return getattr(module, op)
+
+
+def _expanded(
+    x: Tensor,
+    weight: Tensor,
+    weight_bitmask: Tensor,
+    row_offsets: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    group_size: int | None,
+) -> Tensor:
+    """Compute `bitmap_sparse_linear` of a weight in bitmap tiles, written out as a dense one."""
+    ops, K = torch.ops.llmq, x.shape[-1]
+    N = 32 * weight_bitmask.shape[0] if weight_scale is None else weight_scale.shape[0]
+    dense = ops.cuda_expand_bitmap(weight, weight_bitmask, row_offsets, N, K)
+    y: Tensor
+    if weight_scale is None:
+        y = F.linear(x, dense, bias)
+    elif group_size is None:
+        y = ops.weight_only_linear(x, dense, weight_scale, None, bias)
+    else:
+        y = ops.int8_linear(x, dense, weight_scale, bias, group_size)
+    return y
 
 
 @functools.cache

@@ -482,7 +482,8 @@ class _BitmapSparseLinear(NamedTuple):
 
     @property
     def form(self) -> Format:
-        return Format(8 * self.weight.element_size(), 0, self.activation_group_size)
+        tiles = self.weight_bitmask.dim() == 4
+        return Format(8 * self.weight.element_size(), 0, self.activation_group_size, tiles)
 
     def _values(self) -> Tensor:
         stored = (self.weight, self.weight_bitmask, self.row_offsets)
@@ -613,7 +614,7 @@ _library.define(
     "Tensor? weight_zero_point, Tensor? bias, int bits, int? activation_group_size) -> Tensor"
 )
 _library.define(
-    "cuda_bitmap_tiles_linear(Tensor x, Tensor weight, Tensor weight_bitmask, Tensor row_offsets, "
+    "cuda_bitmap_sparse_linear(Tensor x, Tensor weight, Tensor weight_bitmask, Tensor row_offsets, "
     "Tensor? weight_scale, Tensor? bias, int? activation_group_size) -> Tensor"
 )
 _library.define(

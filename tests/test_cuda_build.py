@@ -56,8 +56,14 @@ def test_the_complete_extension_compiles_and_loads_without_a_gpu() -> None:
     code = """
 import torch, llmq
 from llmq import dispatch, extension
+from llmq.scheme import resolve_scheme
 assert extension.load().loaded, extension.load().error
 assert dispatch.has_cuda("int8_linear") and dispatch.has_cuda("weight_only_linear")
+assert dispatch.keeps_tiles(torch.device("cuda"), resolve_scheme("w8a8"), 64)
+for M, kind in ((64, "cuda"), (65, "dense")):
+    form = dispatch.Format(8, 0, 0, tiles=True)
+    kernel = dispatch.choose("bitmap_sparse_linear", "cuda", torch.float16, M, 33, 64, form)
+    assert kernel.name == f"bitmap_sparse_linear_{kind}", kernel
 for op, dtype, M in (("int8_linear", torch.float32, 1), ("weight_only_linear", torch.float16, 64)):
     form = dispatch.Format(activation_group=0 if op == "int8_linear" else None)
     assert dispatch.choose(op, "cuda", dtype, M, 33, 64, form).name == f"{op}_cuda"

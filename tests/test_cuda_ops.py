@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from llmq import ops
+from llmq import dispatch, gpu, ops
 from llmq.formats import activation, bitmap, bitmap_tiles, uniform
+from llmq.nn import SparseLinear, empty_layer
+from llmq.scheme import resolve_scheme
 from tests.cuda_emulator import emulator
 from tests.helpers import assert_equal, generator
 from tests.test_cuda_kernels import HALVES, assert_product, tokens
@@ -91,11 +96,11 @@ def test_bitmap_sparse_linear_of_codes(M: int, N: int, K: int, density: float) -
     values, encoded, packed = sparse(N, K, density, torch.int8)
     scale, bias = torch.rand(N, 1, generator=generator(2)), torch.randn(N)
     x = tokens(M, K, torch.bfloat16)
-    y = torch.ops.llmq.cuda_bitmap_tiles_linear(x, *packed, scale, bias, 0)
+    y = torch.ops.llmq.cuda_bitmap_sparse_linear(x, *packed, scale, bias, 0)
     assert_equal(y, ops._BitmapSparseLinear(x, *encoded, scale, bias, 0).reference())
     assert_equal(y, ops._BitmapSparseLinear(x, *packed, scale, bias, 0).reference())
     if K % 32 == 0:
-        y = torch.ops.llmq.cuda_bitmap_tiles_linear(x, *packed, scale, None, 32)
+        y = torch.ops.llmq.cuda_bitmap_sparse_linear(x, *packed, scale, None, 32)
         codes, x_scale = activation.quantize_activation(x, 32)
         coded = codes.float() * x_scale.repeat_interleave(32, 1)
         assert_product(y, coded, values * scale, None, "groups")
@@ -110,12 +115,120 @@ def test_bitmap_sparse_linear_of_floats(
     x = tokens(M, K, dtype)
     values, _, packed = sparse(N, K, density, torch.int8)
     scale = torch.rand(N, 1, generator=generator(2)) / 128
-    y = torch.ops.llmq.cuda_bitmap_tiles_linear(x, *packed, scale, None, None)
+    y = torch.ops.llmq.cuda_bitmap_sparse_linear(x, *packed, scale, None, None)
     assert_product(y, x, values * scale, None, "int8 values")
     if N % 32 == 0:  # N is told by strips
         values, _, packed = sparse(N, K, density, dtype)
-        y = torch.ops.llmq.cuda_bitmap_tiles_linear(x, *packed, None, None, None)
+        y = torch.ops.llmq.cuda_bitmap_sparse_linear(x, *packed, None, None, None)
         assert_product(y, x, values, None, "float values")
+
+
+@pytest.fixture
+def cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Let the table know of the emulated kernels."""
+    monkeypatch.setattr(dispatch, "has_cuda", lambda op: hasattr(torch.ops.llmq, f"cuda_{op}"))
+    monkeypatch.setattr(dispatch, "choose_gpu", dispatch.choose_gpu.__wrapped__)
+    return monkeypatch
+
+
+def sparse_layer(scheme: str = "w8a8", N: int = 70, K: int = 144, seed: int = 1) -> SparseLinear:
+    torch.manual_seed(seed)
+    linear = nn.Linear(K, N)
+    mask = torch.rand(N, K) < 0.4
+    mask[3], linear.weight.data[5] = False, 0.0  # nothing kept; zeros kept
+    return SparseLinear.from_linear(linear, scheme=scheme, mask=mask)
+
+
+def hold_tiles(layer: SparseLinear, monkeypatch: pytest.MonkeyPatch) -> SparseLinear:
+    """Return a copy that holds tiles, as layers of the CPU do from now on."""
+    monkeypatch.setattr(dispatch, "keeps_tiles", lambda *_: True)
+    held = copy.deepcopy(layer)
+    assert held.weight_bitmask.dim() == 4 and held.weight.dim() == 1
+    return held
+
+
+def test_layers_that_hold_tiles_are_canonical_to_the_outside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, other = sparse_layer(), sparse_layer(seed=2)
+    expected, of_other = plain.state_dict(), other.state_dict()
+    layer = hold_tiles(plain, monkeypatch)
+    assert layer.config() == plain.config() and layer.bytes() == plain.bytes()
+    assert_equal(layer.mask(), plain.mask())
+    assert_equal(layer.dequantize(), plain.dequantize())
+    loaded = empty_layer(layer.config())
+    loaded.load_state_dict(expected, assign=True)
+    twins = {"copied": copy.deepcopy(layer), "pickled": pickle.loads(pickle.dumps(layer))}
+    twins |= {"held": layer, "loaded": loaded, "moved": copy.deepcopy(layer).to("cpu")}
+    twins["as half"] = copy.deepcopy(layer).to(torch.float64).to(torch.float32)
+    for name, twin in twins.items():
+        assert twin.weight_bitmask.dim() == 4, name
+        assert twin.state_dict().keys() == expected.keys()
+        for key, tensor in twin.state_dict().items():
+            assert_equal(tensor, expected[key], f"{name}: {key}")
+    layer.load_state_dict(of_other)  # another mask
+    for key, tensor in layer.state_dict().items():
+        assert_equal(tensor, of_other[key], key)
+    monkeypatch.setattr(dispatch, "keeps_tiles", lambda *_: False)
+    away = layer.to("cpu")  # where another layout runs
+    assert away.weight_bitmask.dim() != 4
+    for key, tensor in away.state_dict().items():
+        assert_equal(tensor, of_other[key], key)
+
+
+def test_tiles_are_held_where_a_kernel_reads_them(cuda_kernels: pytest.MonkeyPatch) -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    for scheme, K, kept in (
+        *(("w8a8", 144, True), ("w8a8", 40, False), ("w8a16", 48, True)),
+        *(("w8a8-g64", 128, True), (None, 128, False)),
+    ):
+        resolved = None if scheme is None else resolve_scheme(scheme)
+        assert dispatch.keeps_tiles(cuda, resolved, K) == kept, (scheme, K)
+        assert not dispatch.keeps_tiles(cpu, resolved, K)
+    cuda_kernels.setattr(dispatch, "has_cuda", lambda op: False)  # Triton reads the canonical one
+    assert not dispatch.keeps_tiles(cuda, resolve_scheme("w8a8"), 144)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+@pytest.mark.parametrize("M", [1, 64, 65])
+def test_the_table_leads_tiles_to_their_kernel_and_many_tokens_to_the_dense_one(
+    M: int, scheme: str, cuda_kernels: pytest.MonkeyPatch
+) -> None:
+    plain = sparse_layer(scheme)
+    layer = hold_tiles(plain, cuda_kernels)
+    kernel = dispatch.choose("bitmap_sparse_linear", "cuda", HALVES[0], M, 70, 144, layer._form())
+    assert kernel.name == f"bitmap_sparse_linear_{'cuda' if M <= 64 else 'dense'}", kernel
+    group = 0 if scheme == "w8a8" else None
+    held = (layer._parameters[n] for n in ("weight", "weight_bitmask", "row_offsets"))
+    x = tokens(M, 144, HALVES[0])
+    call = ops._BitmapSparseLinear(x, *held, layer.weight_scale, layer.bias, group)
+    y = gpu.run("bitmap_sparse_linear", tuple(call), _no_reference, call.form, call.check())
+    if group == 0:
+        assert_equal(y, call.reference())
+    coded = x
+    if group == 0:
+        codes, x_scale = activation.quantize_activation(x)
+        coded = codes.float() * x_scale
+    assert_product(y, coded, plain.dequantize(), layer.bias, scheme)
+
+
+def test_what_the_kernel_of_tiles_refuses_runs_dense(cuda_kernels: pytest.MonkeyPatch) -> None:
+    layer = hold_tiles(sparse_layer("w8a16"), cuda_kernels)
+    form = layer._form()
+    single = dispatch.choose("bitmap_sparse_linear", "cuda", torch.float32, 1, 70, 144, form)
+    assert single.name.endswith("_dense") and "float32" in single.reason
+    values, _, packed = sparse(64, 96, 0.5, HALVES[0])
+    x = tokens(65, 96, HALVES[0])
+    call = ops._BitmapSparseLinear(x, *packed)
+    y = gpu.run("bitmap_sparse_linear", tuple(call), _no_reference, call.form, call.check())
+    assert_equal(y, nn.functional.linear(x, values))
+    canonical = dispatch.Format(8, 0, 0)
+    found = dispatch.choose("bitmap_sparse_linear", "cuda", HALVES[0], 65, 70, 144, canonical)
+    assert not found.name.endswith(("_cuda", "_dense")), found
+
+
+def _no_reference() -> None:
+    raise AssertionError("the reference ran")
 
 
 def test_rows_from_odd_addresses_are_copied() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from llmq import dispatch, gpu, ops
 from llmq.dispatch import Format
 from llmq.formats import activation
-from llmq.nn import QuantLinear
+from llmq.nn import QuantLinear, SparseLinear
 from tests.helpers import assert_equal, assert_within, generator, run_python
 from tests.test_ops import BIAS_AT, CASES, K, N
 from tests.triton_device import DEVICE, GPU
@@ -173,6 +173,34 @@ def test_layers_are_captured_in_graphs_and_compiled_whole(scheme: str) -> None:
         assert_equal(y.clone(), expected, "in a graph")
         compiled = torch.compile(layer, fullgraph=True)
         assert_equal(compiled(x), expected, "compiled")
+
+
+@needs_gpu
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+def test_sparse_layers_hold_what_their_kernel_reads_and_give_it_back(scheme: str) -> None:
+    torch.manual_seed(0)
+    mask = torch.rand(96, 128) < 0.4
+    layer = SparseLinear.from_linear(torch.nn.Linear(128, 96), scheme=scheme, mask=mask)
+    expected, weight = layer.state_dict(), layer.dequantize()
+    layer = layer.to(DEVICE)
+    tiles = dispatch.has_cuda("bitmap_sparse_linear")
+    assert (layer.weight_bitmask.dim() == 4) == tiles
+    for name, tensor in layer.state_dict().items():
+        assert_equal(tensor.cpu(), expected[name], name)
+    for M in (1, 64, 65):
+        x = torch.randn(M, 128, device=DEVICE, dtype=HALF)
+        with torch.inference_mode():
+            y = layer(x)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = layer(x)
+            graph.replay()
+            assert_equal(captured.clone(), y, "in a graph")
+        product = x.cpu().float() @ weight.T + layer.bias.cpu()
+        error = (y.cpu().float() - product).norm() / product.norm()
+        assert error < 0.02, (M, layer.kernel(M, HALF))
+    for name, tensor in layer.cpu().state_dict().items():
+        assert_equal(tensor, expected[name], name)
 
 
 @needs_gpu

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmq import dispatch
-from llmq.formats import bitmap, block, semi_structured, uniform
+from llmq.formats import bitmap, bitmap_tiles, block, semi_structured, uniform
 from llmq.nn.layer import CompressedLayer, autocast, call, frozen, linear_weight
 from llmq.nn.quant_linear import QuantLinear
 from llmq.scheme import Pattern, Scheme, parse_pattern, resolve_scheme
 
 _SPARSE_SCHEMES = "a uniform symmetric 8-bit scheme with one scale a channel or tensor"
+
+_BITMAP = ("weight", "weight_bitmask", "row_offsets")
 
 # The tensor that only this format has, and its op.
 _SPARSE_OPS = {
@@ -41,7 +43,8 @@ class SparseLinear(CompressedLayer):
     Made by `from_linear` or `llmq.prune`. Its canonical tensors are those of the pattern's format
     (`llmq/formats/bitmap.py`, `semi_structured.py`, `block.py`), with `weight_scale` [N, 1] where
     values are int8. Without a sparse kernel that pays for its device, floating-point values are
-    held, and run, as a dense matrix; int8 values on CPU as bitmap panels, whatever the pattern.
+    held, and run, as a dense matrix; int8 values on CPU as bitmap panels, whatever the pattern, and
+    unstructured ones on CUDA as bitmap tiles where the library has kernels for them.
     """
 
     _resizable = ("weight", "block_index")
@@ -169,18 +172,21 @@ class SparseLinear(CompressedLayer):
 
     def _in_panels(self) -> bool:
         bitmask = self._parameters.get("weight_bitmask")
-        return self.scheme is not None and bitmask is not None and bitmask.dim() == 3
+        return self.scheme is not None and bitmask is not None and bitmask.dim() > 2
+
+    def _in_tiles(self) -> bool:
+        bitmask = self._parameters.get("weight_bitmask")
+        return bitmask is not None and bitmask.dim() == 4
 
     def _bitmap(self) -> dict[str, Tensor]:
-        """Return the held tensors with those in panels as a canonical bitmap, of any pattern."""
+        """Return the held tensors, panels or tiles as a canonical bitmap, of any pattern."""
         tensors = self._held()
         if self._in_panels():
-            names = ("weight", "weight_bitmask", "row_offsets")
-            panels = (tensors[name] for name in names)
-            plain = torch.ops.llmq.unpack_bitmap_panels(
-                *panels, self.out_features, self.in_features
-            )
-            tensors.update(zip(names, plain, strict=True))
+            panels = torch.ops.llmq.unpack_bitmap_panels
+            unpack = bitmap_tiles.unpack if self._in_tiles() else panels
+            weight, bitmask, offsets = (tensors[name] for name in _BITMAP)
+            plain = unpack(weight, bitmask, offsets, self.out_features, self.in_features)
+            tensors.update(zip(_BITMAP, plain, strict=True))
         return tensors
 
     def values_and_mask(self) -> tuple[Tensor, Tensor]:
@@ -214,7 +220,8 @@ class SparseLinear(CompressedLayer):
         size = sum(p.numel() * p.element_size() for p in fixed if p is not None)
         if self._pattern.kind != "unstructured" or self.weight.is_meta:
             return super().bytes()
-        kept = int(self.mask().sum()) if self.scheme is None else self._kept_codes()
+        counted = self.scheme is None or self._in_tiles()
+        kept = int(self.mask().sum()) if counted else self._kept_codes()
         bits = self.out_features * ((self.in_features + 7) // 8)
         offsets = 8 * (self.out_features + 1)
         return size + kept * self.weight.element_size() + bits + offsets
@@ -234,18 +241,25 @@ class SparseLinear(CompressedLayer):
             if not self._is_dense():
                 tensors["weight"] = _decode_sparse(self._pattern, tensors, N, K)[0]
             return tensors
-        if self._in_panels() or not dispatch.keeps_panels(weight.device, self.scheme):
+        if self._in_panels():
+            return None
+        if self._pattern.kind == "unstructured" and dispatch.keeps_tiles(
+            weight.device, self.scheme, K
+        ):
+            bitmask, offsets = tensors["weight_bitmask"], tensors["row_offsets"]
+            return tensors | bitmap_tiles.pack(weight, bitmask, offsets, K)._asdict()
+        if not dispatch.keeps_panels(weight.device, self.scheme):
             return None
         if self._pattern.kind != "unstructured":
             values, mask = _decode_sparse(self._pattern, tensors, N, K)
             kept = {n: tensors[n] for n in ("weight_scale", "bias") if n in tensors}
             tensors = kept | _encode_sparse(Pattern("unstructured"), values, mask)
-        names = ("weight", "weight_bitmask", "row_offsets")
-        packed = torch.ops.llmq.pack_bitmap_panels(*(tensors[n] for n in names), K)
-        return tensors | dict(zip(names, packed, strict=True))
+        packed = torch.ops.llmq.pack_bitmap_panels(*(tensors[n] for n in _BITMAP), K)
+        return tensors | dict(zip(_BITMAP, packed, strict=True))
 
     def _form(self) -> dispatch.Format:
-        return dispatch.Format(8 * self.weight.element_size(), 0, self._activation_group())
+        bits, group = 8 * self.weight.element_size(), self._activation_group()
+        return dispatch.Format(bits, 0, group, self._in_tiles())
 
     def kernel(self, M: int, dtype: torch.dtype = torch.float32) -> dispatch.Kernel:
         """Return the kernel that runs for M tokens of `dtype`, with the reason."""
