@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -179,6 +181,43 @@ def tests(run: Run) -> dict[str, Any]:
     return {"summaries": summaries, "failures": failures}
 
 
+def sanitizer(run: Run) -> dict[str, str]:
+    """Run small calls of the CUDA kernels, under compute-sanitizer where there is one."""
+    if not run.args.dry_run and not dispatch.has_cuda("int8_linear"):
+        return {"left out": "no CUDA kernels are compiled in"}
+    program = [sys.executable, "-m", "benchmarks.gpu_sanitize", "--device", run.device.type]
+    watcher = None if run.args.dry_run else shutil.which("compute-sanitizer")
+    watch = [watcher or "", "--error-exitcode", "9", "--kernel-regex", "kns=llmq", "--tool"]
+    tools = ("memcheck", "racecheck") if watcher else ("alone",)
+    # Every tensor in memory of its own: what is read beside one is nobody's.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    found = {}
+    for tool in tools:
+        process = subprocess.Popen(
+            [*watch, tool, *program] if watcher else program,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        try:
+            told, _ = process.communicate(timeout=min(75, max(run.left() / 6, 20)))
+        except subprocess.TimeoutExpired as error:
+            os.killpg(process.pid, signal.SIGKILL)  # the program is a child of the tool
+            process.communicate()
+            run.fail(f"sanitizer {tool}", error)
+            continue
+        lines = [line for line in told.splitlines() if line.startswith(("right:", "====="))]
+        found[tool] = "\n".join(lines[-40:])
+        if process.returncode:
+            run.fail(f"sanitizer {tool}", RuntimeError("\n".join(lines[:8]) or told[-1000:]))
+        print(f"   {tool}: {' | '.join(lines[-2:])}")
+    return found
+
+
 def ceilings(run: Run) -> dict[str, float]:
     """Measure copy bandwidth in GB/s, read and written, and matrix products in TFLOP/s or TOPS."""
     dry = run.args.dry_run
@@ -291,7 +330,7 @@ def _one_size(
         except Exception as error:
             run.fail(f"{name} {N}×{K} M={M}", error)
     medians = gpu_timing.medians(calls, run.device, run.fail)
-    base, records = medians.get("bfloat16"), []
+    base, int8, records = medians.get("bfloat16"), medians.get("w8a8"), []
     for name, seconds in medians.items():
         layer = layers[name][0]
         kernel = layer.kernel(M, torch.bfloat16).name if hasattr(layer, "kernel") else name
@@ -305,6 +344,7 @@ def _one_size(
                 "kernel": kernel,
                 "us": seconds * 1e6,
                 "times_bfloat16": base / seconds if base else None,
+                "times_w8a8": int8 / seconds if int8 else None,
                 "gbs": 1e-9 * (weight + 2 * M * (N + K)) / seconds,
                 "tops": 2e-12 * M * N * K / seconds,
             }
@@ -314,8 +354,12 @@ def _one_size(
 
 
 def _cell(record: dict[str, Any]) -> str:
-    times = record["times_bfloat16"]
-    return f"{record['name']} {record['us']:.1f}{f' ({times:.2f}×)' if times else ''}"
+    times, int8 = record["times_bfloat16"], record["times_w8a8"]
+    pruned = gpu_peers.PEERS[record["name"]].loss == math.inf
+    than = [f"{times:.2f}×"] if times else []
+    than += [f"{int8:.2f}× w8a8"] if int8 and pruned else []
+    told = f" ({', '.join(than)})" if than else ""
+    return f"{record['name']} {record['us']:.1f}{told}"
 
 
 def models(run: Run) -> list[dict[str, Any]]:
@@ -342,6 +386,7 @@ def models(run: Run) -> list[dict[str, Any]]:
 SECTIONS = {
     "build": build,
     "tests": tests,
+    "sanitizer": sanitizer,
     "ceilings": ceilings,
     "rows": rows,
     "kernels": kernels,

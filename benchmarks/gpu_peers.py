@@ -39,11 +39,11 @@ def _ours(scheme: str) -> Callable[[nn.Linear], Any]:
     return lambda linear: QuantLinear.from_linear(linear, scheme)
 
 
-def _sparse(pattern: str, rate: float) -> Callable[[nn.Linear], Any]:
+def _sparse(pattern: str, rate: float, scheme: str = "w8a8") -> Callable[[nn.Linear], Any]:
     def make(linear: nn.Linear) -> Any:
         parsed = parse_pattern(pattern)
         mask = magnitude.mask(linear.weight.detach(), parsed, rate)
-        return SparseLinear.from_linear(linear, parsed, scheme="w8a8", mask=mask)
+        return SparseLinear.from_linear(linear, parsed, scheme=scheme, mask=mask)
 
     return make
 
@@ -116,7 +116,10 @@ PEERS = {
     "w4a8-g128": Peer(_ours("w4a8-g128"), 4.3, 0.2),
     "w8a16-quantile": Peer(_ours("w8a16-quantile"), 8),
     "block 50 % w8a8": Peer(_sparse("block-128x128", 0.5), 4, math.inf),
-    "bitmap 50 % w8a8": Peer(_sparse("unstructured", 0.5), 5, math.inf),
+    "bitmap 50 % w8a8": Peer(_sparse("unstructured", 0.5), 5.1, math.inf),
+    "bitmap 70 % w8a8": Peer(_sparse("unstructured", 0.7), 3.5, math.inf),
+    "bitmap 50 % w8a16": Peer(_sparse("unstructured", 0.5, "w8a16"), 5.1, math.inf),
+    "bitmap 70 % w8a16": Peer(_sparse("unstructured", 0.7, "w8a16"), 3.5, math.inf),
     "2:4 w8a8": Peer(_sparse("2:4", 0.5), 5, math.inf),
     "torch._int_mm": Peer(_int_mm, 8, least_tokens=17),
     "torch 2:4 bfloat16": Peer(_torch_2_4, 9, math.inf, needs="cuda"),
