@@ -174,6 +174,10 @@ def _cuda_refusal(op: str, dtype: torch.dtype, K: int, form: Format) -> str | No
         return None
     if op == "bitmap_sparse_linear" and not form.tiles:
         return "reads bitmap tiles alone"
+    if op == "semi_structured_linear":
+        if form.bits != 8 or form.activation_group not in (0, K):
+            return "weights and inputs are not int8 codes, inputs with one scale a token"
+        return f"{K} inputs are no multiple of 128" if K % 128 else None
     if K * form.bits % 128:
         return f"rows of {K} weights of {form.bits} bits are no multiple of 16 bytes"
     group = form.group if form.activation_group is None else form.activation_group

@@ -614,6 +614,10 @@ _library.define(
     "Tensor? weight_zero_point, Tensor? bias, int bits, int? activation_group_size) -> Tensor"
 )
 _library.define(
+    "cuda_semi_structured_linear(Tensor x, Tensor weight, Tensor weight_meta, "
+    "Tensor? weight_scale, Tensor? bias, int? activation_group_size) -> Tensor"
+)
+_library.define(
     "cuda_bitmap_sparse_linear(Tensor x, Tensor weight, Tensor weight_bitmask, Tensor row_offsets, "
     "Tensor? weight_scale, Tensor? bias, int? activation_group_size) -> Tensor"
 )

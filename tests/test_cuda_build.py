@@ -69,6 +69,10 @@ for op, dtype, M in (("int8_linear", torch.float32, 1), ("weight_only_linear", t
     assert dispatch.choose(op, "cuda", dtype, M, 33, 64, form).name == f"{op}_cuda"
     for K in (63, 65, 72):  # rows that do not begin on 16 bytes
         assert dispatch.choose(op, "cuda", dtype, M, 33, K, form).name != f"{op}_cuda"
+for K, group, taken in ((256, 0, True), (256, 256, True), (192, 0, False), (256, 128, False)):
+    form = dispatch.Format(activation_group=group)
+    name = dispatch.choose("semi_structured_linear", "cuda", torch.bfloat16, 64, 33, K, form).name
+    assert (name == "semi_structured_linear_cuda") == taken, (K, group, name)
 x = torch.randn(3, 64)
 assert torch.ops.llmq.quantize_activation(x, 0)[0].dtype == torch.int8
 """

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmq.formats import semi_structured
 from tests.cuda_emulator import emulator
 from tests.helpers import generator
 
@@ -110,3 +111,36 @@ def test_planted_bugs_are_caught(bug: str, tmp_path: Path) -> None:
         return
     with pytest.raises(RuntimeError, match=message):
         emulator.small_gemm("run_int8", codes, memory, **shape)
+
+
+# Metadata of other lanes' rows, or of the other step: neither may go unnoticed.
+WRONG_METADATA = {
+    "none": ("", ""),
+    "lanes are mixed up": ("+ lane % 2 * 8) + lane % 4 / 2", "+ lane % 4 / 2 * 8) + lane % 2"),
+    "steps are swapped": ("meta[r].word[step]", "meta[r].word[step ^ 1]"),
+}
+
+
+@pytest.mark.parametrize("bug", WRONG_METADATA)
+def test_wrong_metadata_changes_the_result(bug: str, tmp_path: Path) -> None:
+    folder = tmp_path / "csrc" / "cuda"
+    shutil.copytree(emulator.CUDA, folder)
+    source = folder / "semi_structured_linear.cu"
+    old, new = WRONG_METADATA[bug]
+    assert old in source.read_text(), "the line that this test breaks is no longer there"
+    if old:
+        source.write_text(source.read_text().replace(old, new))
+    loaded = emulator.load([source], tmp_path / "kernels.so", "-O0")
+
+    M, N, K = 3, 16, 128
+    codes = torch.randint(-127, 128, (M, K), generator=generator(1), dtype=torch.int8)
+    dense = torch.randint(1, 128, (N, K), generator=generator(2), dtype=torch.int8)
+    ranks = torch.rand(N, K // 4, 4, generator=generator(3)).argsort(-1).argsort(-1)
+    dense *= (ranks < 2).flatten(1)
+    stored = semi_structured.encode(dense)
+    memory = {"weight": stored.weight, "meta": stored.weight_meta}
+    memory |= {"scale": torch.ones(N, 1), "x_scale": torch.ones(M, 1)}
+    y, _ = emulator.semi_structured(
+        codes, memory, dtype=torch.float32, block_tokens=64, loaded=loaded
+    )
+    assert torch.equal(y, (codes.int() @ dense.int().T).float()) == (bug == "none")

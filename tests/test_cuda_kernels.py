@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmq import ops
-from llmq.formats import activation, uniform
+from llmq.formats import activation, semi_structured, uniform
 from tests.cuda_emulator import emulator
 from tests.helpers import assert_equal, assert_within, generator
 
@@ -174,3 +174,63 @@ def test_int8_of_activation_groups(M: int, K: int, group: int) -> None:
             splits=splits,
         )
         assert_product(y, coded, weight * scale, None, f"{splits} splits")
+
+
+def pairs(N: int, K: int, seed: int = 1) -> tuple[semi_structured.SemiStructuredWeight, Tensor]:
+    """Return a 2:4 sparse int8 weight, every place of a pair in it, and its scale [N, 1]."""
+    g = generator(seed)
+    values = torch.randint(-127, 128, (N, K), generator=g, dtype=torch.int8)
+    ranks = torch.rand(N, K // 4, 4, generator=g).argsort(-1).argsort(-1)
+    stored = semi_structured.encode(values, (ranks < 2).flatten(1))
+    return stored, torch.rand(N, 1, generator=g) + 0.1
+
+
+# One, odd, prime; one below and above a tile of 8, 64 and 128 tokens, 16 and 128 outputs; fewer
+# chunks of 128 inputs than stages, and more.
+SPARSE_SHAPES = (
+    *((1, 1, 128), (7, 17, 256), (63, 127, 384), (64, 128, 512), (65, 129, 640)),
+    *((127, 5, 128), (128, 16, 896), (129, 257, 128), (193, 31, 256)),
+)
+
+
+@pytest.mark.parametrize("block_tokens", [64, 128])
+@pytest.mark.parametrize(("M", "N", "K"), SPARSE_SHAPES)
+def test_semi_structured_equals_the_reference_to_the_bit(
+    M: int, N: int, K: int, block_tokens: int
+) -> None:
+    stored, scale = pairs(N, K)
+    dtype = (torch.float32, *HALVES)[M % 3]
+    x, bias = tokens(M, K, dtype), torch.randn(N, generator=generator(3)).to(dtype)
+    codes, x_scale = emulator.quantize(x)
+    memory = {"weight": stored.weight, "meta": stored.weight_meta, "scale": scale}
+    memory |= {"x_scale": x_scale, "bias": bias}
+    shape = {"dtype": dtype, "block_tokens": block_tokens}
+    y, counters = emulator.semi_structured(codes, memory, **shape)
+    assert_equal(y, ops._SemiStructuredLinear(x, *stored, scale, bias, 0).reference())
+    assert_streams(counters, K // 2)
+
+
+def test_semi_structured_takes_every_pair_of_places_and_fewer_values_than_two() -> None:
+    N, K = 16, 128
+    stored, scale = pairs(N, K)
+    nibbles = torch.stack((stored.weight_meta & 15, stored.weight_meta >> 4)).unique()
+    assert nibbles.tolist() == [4, 8, 9, 12, 13, 14]
+    few = torch.zeros(N, K, dtype=torch.int8)
+    few[torch.arange(N), 5 * torch.arange(N)] = 3  # one of four, at any place; else none
+    for weight in (stored, semi_structured.encode(few)):
+        memory = {"weight": weight.weight, "meta": weight.weight_meta, "scale": scale}
+        memory["x_scale"] = torch.ones(K, 1)
+        codes = torch.eye(K, dtype=torch.int8)  # one input a token: y is the weight itself
+        y, _ = emulator.semi_structured(codes, memory, dtype=torch.float32, block_tokens=64)
+        assert_equal(y, (semi_structured.decode(*weight, K) * scale).T.contiguous())
+
+
+def test_places_that_do_not_ascend_are_an_error_of_the_emulator() -> None:
+    stored, scale = pairs(16, 128)
+    meta = stored.weight_meta.clone()
+    meta[11, 9] = meta[11, 9] & 15 | 1 << 4  # places 1, 0
+    memory = {"weight": stored.weight, "meta": meta, "scale": scale}
+    memory["x_scale"] = torch.ones(2, 1)
+    codes = torch.ones(2, 128, dtype=torch.int8)
+    with pytest.raises(RuntimeError, match="metadata does not ascend"):
+        emulator.semi_structured(codes, memory, dtype=torch.float32, block_tokens=64)

@@ -15,7 +15,7 @@ from llmq.nn import SparseLinear, empty_layer
 from llmq.scheme import resolve_scheme
 from tests.cuda_emulator import emulator
 from tests.helpers import assert_equal, generator
-from tests.test_cuda_kernels import HALVES, assert_product, tokens
+from tests.test_cuda_kernels import HALVES, assert_product, pairs, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -231,6 +231,16 @@ def _no_reference() -> None:
     raise AssertionError("the reference ran")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 3, 128), (65, 130, 256), (300, 129, 384)])
+def test_semi_structured_linear(M: int, N: int, K: int, dtype: torch.dtype) -> None:
+    stored, scale = pairs(N, K)
+    x = tokens(M, K + 8, dtype)[:, 8:].view(1, M, K)  # rows that are not contiguous
+    bias = None if M == 1 else torch.randn(N, generator=generator(3))
+    y = torch.ops.llmq.cuda_semi_structured_linear(x, *stored, scale, bias, 0)
+    assert_equal(y, ops._SemiStructuredLinear(x, *stored, scale, bias, 0).reference())
+
+
 def test_rows_from_odd_addresses_are_copied() -> None:
     N, K = 16, 128
     storage = torch.randint(-127, 128, (N * K + 1,), generator=generator(1), dtype=torch.int8)
@@ -244,6 +254,12 @@ def test_what_a_kernel_cannot_take_is_refused() -> None:
     weight, scale = torch.zeros(4, 40, dtype=torch.int8), torch.ones(4, 1)
     with pytest.raises(ValueError, match="multiple of 16 bytes"):
         torch.ops.llmq.cuda_int8_linear(torch.zeros(1, 40), weight, scale, None, 0)
+    stored, scale = pairs(4, 128)
+    for K, group, message in ((128, 64, "one scale"), (128, None, "one scale"), (96, 0, "of 128")):
+        with pytest.raises(ValueError, match=message):
+            torch.ops.llmq.cuda_semi_structured_linear(
+                torch.zeros(1, K), *stored, scale, None, group
+            )
     x, weight = torch.zeros(1, 32), torch.zeros(4, 32, dtype=torch.int8)
     with pytest.raises(ValueError, match="bfloat16 or float16"):
         torch.ops.llmq.cuda_weight_only_linear(x, weight, scale, None, None, 8, None)

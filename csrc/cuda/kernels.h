@@ -63,6 +63,23 @@ void int8_gemm(const SmallGemm& g, void* stream);
 void bitmap_gemm(const SmallGemm& g, int value_bytes, bool codes, void* stream);
 void bitmap_expand(const SmallGemm& g, int value_bytes, void* stream);  // into y [N, K]
 
+// y = x Wᵀ for many tokens, W 2:4 sparse in its canonical storage (semi_structured_linear.cu).
+struct SparseGemm {
+  const int8_t* x;       // [M, K] codes, with
+  const float* x_scale;  // [M]
+  const int8_t* weight;  // [N, K / 2]
+  const uint8_t* meta;   // [N, K / 8]: nibbles of two ascending places
+  const float* scale;    // [N]
+  const void* bias;      // [N] or null
+  Dtype bias_dtype;
+  void* y;  // [M, N]
+  Dtype y_dtype;
+  int M, N, K;       // K a multiple of kSparseChunk
+  int block_tokens;  // 128, or 64 to have more blocks
+};
+inline constexpr int kSparseChunk = 128;  // inputs: 16 bytes of metadata
+void semi_structured_gemm(const SparseGemm& g, void* stream);
+
 // quantize_activation: symmetric int8 codes, one scale a token or group of inputs, as
 // llmq/formats/activation.py to the bit.
 struct QuantizeRows {

@@ -21,6 +21,10 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& weight, const Tensor& w
                           const OptionalTensor& weight_zero_point, const OptionalTensor& bias,
                           int64_t bits, std::optional<int64_t> activation_group_size);
 
+Tensor semi_structured_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_meta,
+                              const OptionalTensor& weight_scale, const OptionalTensor& bias,
+                              std::optional<int64_t> activation_group_size);
+
 Tensor bitmap_sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_bitmask,
                             const Tensor& row_offsets, const OptionalTensor& weight_scale,
                             const OptionalTensor& bias,

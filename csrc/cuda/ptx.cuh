@@ -7,6 +7,10 @@
 //                  a1 row g+8, columns 2t, 2t+1       a3 the same, columns + 8
 //                  b0 rows 2t, 2t+1 of column g       b1 the same, rows + 8
 //   m16n8k32 s8    the same with columns 4t … 4t+3, and + 16
+//   m16n8k64 s8    2:4 sparse: a is that of m16n8k32, of the values kept
+//                  b0 rows 4t … 4t+3 of column g          b1, b2, b3 rows + 16, + 32, + 48
+//                  metadata of every lane (selector 0): row g + 8·(t % 2), columns 32·(t / 2) … + 31,
+//                  from the low nibble on one for 4 columns: first place | second << 2
 //   c, d           c0, c1 row g, columns 2t, 2t+1     c2, c3 row g+8
 #pragma once
 
@@ -175,6 +179,15 @@ LLMQ_PTX void mma(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// Of a 2:4 sparse a; places in a nibble ascend.
+LLMQ_PTX void mma_sp(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                     uint32_t metadata) {
+  asm("mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, "
+      "{%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
+        "r"(metadata));
 }
 
 // Bits and numbers

@@ -8,6 +8,7 @@
 namespace llmq::cuda {
 [[gnu::weak]] void weight_only_gemm(const SmallGemm& g, int bits, void* stream);
 [[gnu::weak]] void int8_gemm(const SmallGemm& g, void* stream);
+[[gnu::weak]] void semi_structured_gemm(const SparseGemm& g, void* stream);
 [[gnu::weak]] void quantize_rows(const QuantizeRows& q, void* stream);
 }  // namespace llmq::cuda
 
@@ -44,6 +45,7 @@ void emulator_reset(unsigned seed) {
 void emulator_counters(emulator::Counters* counters) { *counters = emulator::machine().counters; }
 
 size_t small_gemm_size() { return sizeof(SmallGemm); }
+size_t sparse_gemm_size() { return sizeof(SparseGemm); }
 size_t quantize_rows_size() { return sizeof(QuantizeRows); }
 
 const char* run_weight_only(const SmallGemm* g, int bits) {
@@ -51,6 +53,9 @@ const char* run_weight_only(const SmallGemm* g, int bits) {
 }
 const char* run_int8(const SmallGemm* g) {
   return guarded([&] { int8_gemm(*g, nullptr); });
+}
+const char* run_semi_structured(const SparseGemm* g) {
+  return guarded([&] { semi_structured_gemm(*g, nullptr); });
 }
 const char* run_quantize(const QuantizeRows* q) {
   return guarded([&] { quantize_rows(*q, nullptr); });

@@ -259,5 +259,33 @@ inline void mma(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
   });
 }
 
+inline void mma_sp(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                   uint32_t metadata, Site site = Site::current()) {
+  MmaArguments<int32_t> mine{d, a, b, metadata};
+  block().together("mma_sp", site, mine, [&](MmaArguments<int32_t>* const* lanes) {
+    const auto places = [&](int row, int four) {  // of the values kept of four inputs
+      return lanes[row % 8 * 4 + row / 8 + four / 8 * 2]->meta >> (four % 8 * 4) & 15;
+    };
+    for (int row = 0; row < 16; ++row) {
+      for (int four = 0; four < 16; ++four) {
+        if ((places(row, four) & 3) >= places(row, four) >> 2) {
+          block().fail("mma.sp: metadata does not ascend", site);
+        }
+      }
+    }
+    multiply(
+        lanes, 64,
+        [&](int row, int k) {
+          const int place = k % 4, first = places(row, k / 4) & 3, second = places(row, k / 4) >> 2;
+          if (place != first && place != second) return 0;
+          const int kept = k / 4 * 2 + (place == second);
+          return byte_of(lanes[row % 8 * 4 + kept % 16 / 4]->a[kept / 16 * 2 + row / 8], kept % 4);
+        },
+        [&](int k, int column) {
+          return byte_of(lanes[column * 4 + k % 16 / 4]->b[k / 16], k % 4);
+        });
+  });
+}
+
 }  // namespace ptx
 }  // namespace llmq

@@ -39,6 +39,16 @@ class SmallGemm(ctypes.Structure):
     )
 
 
+class SparseGemm(ctypes.Structure):
+    """SparseGemm of csrc/cuda/kernels.h."""
+
+    _fields_ = (
+        *(("x", P), ("x_scale", P), ("weight", P), ("meta", P), ("scale", P), ("bias", P)),
+        *(("bias_dtype", INT), ("y", P), ("y_dtype", INT)),
+        *(("M", INT), ("N", INT), ("K", INT), ("block_tokens", INT)),
+    )
+
+
 class QuantizeRows(ctypes.Structure):
     """QuantizeRows of csrc/cuda/kernels.h."""
 
@@ -103,9 +113,10 @@ def build(
 def load(sources: list[Path], target: Path, optimize: str = "-O1") -> ctypes.CDLL:
     """Load the kernels of `sources`, emulated."""
     loaded = ctypes.CDLL(str(build([*sources, HERE / "bindings.cpp"], target, optimize)))
-    for name in ("run_weight_only", "run_int8", "run_quantize"):
+    for name in ("run_weight_only", "run_int8", "run_semi_structured", "run_quantize"):
         getattr(loaded, name).restype = ctypes.c_char_p
     assert loaded.small_gemm_size() == ctypes.sizeof(SmallGemm)
+    assert loaded.sparse_gemm_size() == ctypes.sizeof(SparseGemm)
     assert loaded.quantize_rows_size() == ctypes.sizeof(QuantizeRows)
     return loaded
 
@@ -184,6 +195,31 @@ def small_gemm(
     )
     if splits > 1:
         assert not memory["arrivals"].any(), "arrivals are not left at zero"
+    return y, counters
+
+
+def semi_structured(
+    codes: Tensor,
+    memory: dict[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    block_tokens: int,
+    loaded: ctypes.CDLL | None = None,
+) -> tuple[Tensor, Counters]:
+    """Return y [M, N] of a SparseGemm, whose fields are the tensors `memory` names."""
+    (M, K), N = codes.shape, memory["weight"].shape[0]
+    y, bias = torch.full((M, N), float("nan"), dtype=dtype), memory.get("bias")
+    memory = {"x": codes, "y": y, **memory}
+    g = SparseGemm(
+        **{key: tensor.data_ptr() for key, tensor in memory.items()},
+        y_dtype=DTYPES[dtype],
+        bias_dtype=0 if bias is None else DTYPES[bias.dtype],
+        M=M,
+        N=N,
+        K=K,
+        block_tokens=block_tokens,
+    )
+    counters = launch(loaded or library(), "run_semi_structured", ctypes.byref(g), memory=memory)
     return y, counters
 
 
