@@ -75,7 +75,10 @@ def test_weight_only(M: int, N: int, K: int, bits: int, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
     ("bits", "K", "group"),
-    [(8, 512, 32), (8, 384, 96), (8, 1024, 64), (4, 512, 32), (4, 1280, 128), (4, 96, 32)],
+    [
+        *((8, 512, 32), (8, 384, 96), (8, 1024, 64), (4, 512, 32), (4, 1280, 128), (4, 96, 32)),
+        *((8, 768, 256), (4, 1152, 384)),  # slices begin inside of a group; a half-filled chunk
+    ],
 )
 def test_weight_only_of_groups_and_zero_points_in_slices(
     bits: int, K: int, group: int, dtype: torch.dtype, splits: int
@@ -156,7 +159,7 @@ def test_int8_equals_the_reference_to_the_bit(M: int, N: int, K: int, dtype: tor
         assert_streams(counters, K)
 
 
-@pytest.mark.parametrize(("K", "group"), [(320, 32), (192, 64), (384, 96)])
+@pytest.mark.parametrize(("K", "group"), [(320, 32), (192, 64), (384, 96), (512, 128), (768, 384)])
 @pytest.mark.parametrize("M", [3, 13, 32, 40])
 def test_int8_of_activation_groups(M: int, K: int, group: int) -> None:
     N = 40

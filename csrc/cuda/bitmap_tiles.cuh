@@ -14,6 +14,7 @@ namespace llmq::cuda {
 template <int kSize>  // bytes of a value: int8, or bf16 and f16
 struct Bitmap {
   static constexpr int kBits = 8;
+  static constexpr bool kGroups = false;
   static constexpr int kChunk = bitmap_chunk(kSize), kParts = 1, kPairs = kChunk / 32;
   static constexpr int kWords = 4 * kSize;         // of 32 inputs, a lane
   static constexpr int kTilesAlong = kChunk / 64;  // of one row of tiles

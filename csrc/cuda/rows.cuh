@@ -14,6 +14,7 @@ namespace llmq::cuda {
 template <int kWeightBits>
 struct Rows {
   static constexpr int kBits = kWeightBits;
+  static constexpr bool kGroups = true;  // of weights that share a scale
   static constexpr int kChunk = chunk_inputs(kBits);
   static constexpr int kParts = 8 / kBits;  // of 32 inputs in two units
   static constexpr int kPairs = kUnits / 2, kWords = 4, kTableBytes = 0;

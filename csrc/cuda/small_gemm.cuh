@@ -28,6 +28,7 @@ inline constexpr int kTiles = 2;  // of outputs, a warp
 inline constexpr int kTileRows = 16;
 inline constexpr int kWarpOutputs = kTiles * kTileRows;
 inline constexpr int kUnits = 8;  // of 16 bytes of weights, a row and chunk
+inline constexpr int kLongGroup = 128;
 static_assert(kWarps * kWarpOutputs == kBlockOutputs);
 
 LLMQ_PTX int least(int a, int b) { return a < b ? a : b; }
@@ -197,7 +198,8 @@ LLMQ_PTX bool reduce(const SmallGemm& g, Sum (&sums)[kCount], const Wanted& want
 
 // `Weight` says how a warp's rows of a chunk come to shared memory and from there to A fragments. Its
 // load gives each lane, of 32 inputs a part, units of 4 or 8 inputs as `floats` or mma want them.
-template <class Weight, class X, int kT>
+// kLong: groups are multiples of kLongGroup inputs, so that most blocks need not ask whether one ends.
+template <class Weight, class X, int kT, bool kLong>
 __global__ void __launch_bounds__(kThreads, (Plan<Weight, X, kT>::kBlocks))
     small_gemm(const SmallGemm g) {
   using Sum = typename X::Sum;
@@ -205,6 +207,8 @@ __global__ void __launch_bounds__(kThreads, (Plan<Weight, X, kT>::kBlocks))
   constexpr int kTokens = P::kTokens, kStages = P::kStages, kScaleRows = P::kScaleRows;
   constexpr bool kFolds = !X::kCodes || X::kFoldsTokens;
   using Total = std::conditional_t<kFolds, float, int32_t>;
+  constexpr int kBlocks = Weight::kPairs * Weight::kParts;  // of 32 inputs, a chunk
+  constexpr int kAsked = !kLong ? 1 : kBlocks < kLongGroup / 32 ? kBlocks : kLongGroup / 32;
 
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int n0 = static_cast<int>(blockIdx.y) * kBlockOutputs;
@@ -313,8 +317,8 @@ __global__ void __launch_bounds__(kThreads, (Plan<Weight, X, kT>::kBlocks))
             }
           }
         }
-        if constexpr (kFolds) {
-          in_group += 32;
+        if (kFolds && block % kAsked == kAsked - 1) {
+          in_group += 32 * kAsked;
           if (in_group == slice.group) {
             fold();
             in_group = 0;
@@ -373,7 +377,12 @@ void launch_tiles(const SmallGemm& g, void* stream) {
                     P::kBytes + Weight::kTableBytes +
                         static_cast<size_t>(std::min(groups, kMaxGroups)) * P::kGroupBytes,
                     stream};
-  launch(small_gemm<Weight, X, kT>, grid, g);
+  if constexpr (X::kFoldsTokens || (!X::kCodes && Weight::kGroups)) {
+    if (groups > 1 && g.K / groups % kLongGroup != 0) {
+      return launch(small_gemm<Weight, X, kT, false>, grid, g);
+    }
+  }
+  launch(small_gemm<Weight, X, kT, true>, grid, g);
 }
 
 template <class Weight, class X>
