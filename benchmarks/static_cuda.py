@@ -5,7 +5,10 @@
 Instructions are those of one trip through the loop that multiplies (one chunk of a warp), the code
 that folds sums at the end of a group included once for each place it stands: an upper limit where
 groups are long. The bound is the part of the read bandwidth at which a multiprocessor would have to
-issue 4 instructions a cycle; it leaves out latency and shared memory. Takes nvcc, and nvdisasm from
+issue 4 instructions a cycle; it leaves out latency and shared memory. The 2:4 kernel, for
+many tokens, has instructions and wavefronts of shared memory for each mma of 16 × 8 × 64 instead: a
+multiprocessor does 4 of those and one of these a cycle, and by the data sheets an A100 an mma every
+2 cycles, an H100 every cycle. Takes nvcc, and nvdisasm from
 Triton's wheel or from PATH.
 """
 
@@ -16,12 +19,13 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "benchmarks" / "results" / "static" / "cuda.json"
-SOURCES = ("int8_linear", "weight_only_linear", "bitmap_sparse_linear")
+SOURCES = ("int8_linear", "weight_only_linear", "bitmap_sparse_linear", "semi_structured_linear")
 # arch: GPU, multiprocessors, GHz, GB/s to read (data sheets).
 GPUS = {"sm_80": ("A100 80GB", 108, 1.41, 2039), "sm_90a": ("H100 SXM", 132, 1.755, 3350)}
 COUNTED = ("LDGSTS", "LDSM", "LDS", "IMMA", "HMMA", "LOP3", "PRMT", "SHFL", "HFMA2")
@@ -69,6 +73,16 @@ def loop(code: str) -> list[str]:
     return best
 
 
+def of_mma(body: list[str]) -> dict[str, object]:
+    """Return what a loop takes for an mma; copies and ldmatrix move 16 bytes a lane, loads 8."""
+    count = Counter(i.split(".")[0] for i in body)
+    mma, wavefronts = count["IMMA"], 4 * (count["LDGSTS"] + count["LDSM"]) + 2 * count["LDS"]
+    return {
+        "instructions an mma": round(len(body) / mma, 3),
+        "shared wavefronts an mma": round(wavefronts / mma, 3),
+    }
+
+
 def measure(arch: str, source: str, folder: Path, nvdisasm: str) -> list[dict[str, object]]:
     cubin = folder / f"{source}.cubin"
     command = [
@@ -87,25 +101,32 @@ def measure(arch: str, source: str, folder: Path, nvdisasm: str) -> list[dict[st
     sass = subprocess.run(
         [nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True
     ).stdout
-    gpu, processors, clock, bandwidth = GPUS[arch]
+    _, processors, clock, bandwidth = GPUS[arch]
     rows = []
     for section in re.split(r"\n//-+ \.text\.", sass)[1:]:
         name = section.split()[0]
-        if "small_gemm" not in name:
+        if "small_gemm" not in name and "sparse_gemm" not in name:
             continue
         body = loop(section)
+        kernel = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True)
+        row = {
+            "kernel": kernel.stdout.removeprefix("void llmq::cuda::")
+            .removeprefix("(anonymous namespace)::")
+            .split("(")[0],
+            "gpu": GPUS[arch][0],
+            "registers": int(registers[name]),
+            "blocks by registers": 65536 // (128 * (-(-int(registers[name]) // 8) * 8)),
+        }
+        if "sparse_gemm" in name:
+            rows.append(row | of_mma(body))
+            continue
         weights, size = weights_of(name)
         counts = {key: sum(i.split(".")[0] == key for i in body) for key in COUNTED}
         issued = len(body) / weights / 32  # a weight
         most = 4 * processors * clock / issued * size  # GB/s
         rows.append(
-            {
-                "kernel": subprocess.run(
-                    ["c++filt", name], capture_output=True, text=True, check=True
-                ).stdout.split("(")[0].removeprefix("void llmq::cuda::"),
-                "gpu": gpu,
-                "registers": int(registers[name]),
-                "blocks by registers": 65536 // (128 * (-(-int(registers[name]) // 8) * 8)),
+            row
+            | {
                 "instructions a weight": round(len(body) / weights, 3),
                 "a weight": {k: round(v / weights, 3) for k, v in counts.items() if v},
                 "bytes a weight": round(size, 3),
@@ -125,8 +146,7 @@ def main() -> None:
     FILE.parent.mkdir(parents=True, exist_ok=True)
     FILE.write_text(json.dumps(rows, indent=1) + "\n")
     for row in rows:
-        print(row["gpu"], row["kernel"], row["registers"], row["instructions a weight"])
-        print("    ", row["a weight"], "bound", row["bound by issue, of bandwidth"])
+        print(*row.values())
 
 
 if __name__ == "__main__":

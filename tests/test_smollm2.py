@@ -20,9 +20,9 @@ from llmq.nn import CompressedLayer
 pytest.importorskip("transformers")
 pytest.importorskip("gguf")
 
-# Perplexity may rise by at most this share, data-free and rounded to nearest. One scale a token makes
-# w8a8 feel the last bits of torch's own float kernels, by which codes flip: it rises by 2.9 % with
-# those for AVX2, 3.2 % with no vectors, 3.9 % with those for AVX-512 on an Emerald Rapids.
+# Perplexity may rise by at most this share, data-free and rounded to nearest. One scale a token
+# makes w8a8 feel the last bits of torch's own float kernels, by which codes flip: it rises by 2.9 %
+# with those for AVX2, 3.2 % with no vectors, 3.9 % with those for AVX-512 on an Emerald Rapids.
 ALLOWED = {"w8a16": 0.003, "w8a8-g64": 0.008, "w8a8": 0.045, "w4a16-g32": 0.22}
 # A codebook is at least as good as evenly spaced levels of the same bits and groups.
 RIVALS = {"w8a16-quantile": "w8a16", "w4a16-quantile-g32": "w4a16-g32"}
