@@ -91,7 +91,7 @@ def test_planted_bugs_are_caught(bug: str, tmp_path: Path) -> None:
     folder = tmp_path / "csrc" / "cuda"
     shutil.copytree(emulator.CUDA, folder)
     changed = 0
-    for path in folder.iterdir():
+    for path in folder.glob("*.cuh"):
         text = path.read_text()
         if old and old in text:
             path.write_text(text.replace(old, new))
