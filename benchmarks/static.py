@@ -94,7 +94,10 @@ def _instruction(arch: int, config: configs.Config, integer: bool) -> str:
 
 
 def cases(arch: int, quick: bool) -> Iterator[Case]:
-    """Give every kernel in every tile for the GPU; `quick`: for each kernel the last one."""
+    """Give every kernel in every tile for the GPU.
+
+    `quick`: for each kernel the largest one, and the smallest as one token's splits have it.
+    """
     integers = functools.partial(torch.zeros, dtype=torch.int8)
 
     def tokens(config: configs.Config) -> int:
@@ -106,11 +109,10 @@ def cases(arch: int, quick: bool) -> Iterator[Case]:
     def tiles(family: str, group: int = 0) -> Iterator[configs.Config]:
         rows = configs.TILES[family][configs.generation(divmod(arch, 10))]
         for at, (_, _, config) in enumerate(rows):
-            if quick and at < len(rows) - 1:
-                continue
             # Splits change a pointer and what is stored there: once is enough.
-            splitting = family in configs.SPLITTING and at == 0 and not quick
-            for splits in (1, 4) if splitting else (1,):
+            splitting = family in configs.SPLITTING and at == 0
+            whole = not quick or at == len(rows) - 1
+            for splits in (1,) * whole + (4,) * splitting:
                 yield configs.within_group(configs.replace(config, SPLITS=splits), group)
 
     for size in (1024,) if quick else (64, 4096, 28672):

@@ -32,7 +32,7 @@ def _run(*command: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 def test_compiles_without_spills_to_the_instructions_of_the_gpu(arch: str) -> None:
-    """`make static` takes all tiles, and sm_89 too; here it is the largest of each kernel."""
+    """`make static` takes all tiles, and sm_89 too; here it is the largest and one token's."""
     printed = _run("benchmarks.static", "--quick", "--check", "--arch", arch)
     assert "none amiss" in printed
     assert printed.count(f"sm_{arch}") >= 20
