@@ -94,16 +94,27 @@ def _drawn(count: int, of: int, seed: int) -> list[int]:
     return sorted(order[:count].tolist())
 
 
+def smollm2_text(tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Return token ids [T] to judge on and, apart from them, to calibrate with."""
+    ids = torch.tensor(tokenizer(_text(), verbose=False)["input_ids"])
+    return ids[:JUDGED], ids[JUDGED + APART :]
+
+
+def calibration(ids: Tensor, seed: int) -> list[Tensor]:
+    """Return windows [1, T] drawn from all of `ids`."""
+    windows = ids.split(WINDOW)[:-1]
+    return [windows[i][None] for i in _drawn(WINDOWS, len(windows), seed)]
+
+
 def smollm2_case(case: str, seed: int) -> dict[str, Any]:
     """Return perplexity, seconds and memory of one case."""
     model, tokenizer = smollm2.load()
-    ids = torch.tensor(tokenizer(_text(), verbose=False)["input_ids"])
-    rest = ids[JUDGED + APART :].split(WINDOW)[:-1]
-    data = [rest[i][None] for i in _drawn(WINDOWS, len(rest), seed)]
+    judged, rest = smollm2_text(tokenizer)
+    data = calibration(rest, seed)
     started, before = time.perf_counter(), _memory(fresh=True)
     CASES[case](model, data)
     seconds, peak = time.perf_counter() - started, _memory()
-    perplexity = llmq.evaluate(model, ids[:JUDGED]).perplexity
+    perplexity = llmq.evaluate(model, judged).perplexity
     return {"perplexity": perplexity, "seconds": seconds, "gib_before": before, "gib_peak": peak}
 
 

@@ -229,8 +229,15 @@ def _smollm2_text(tokenizer: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def run_smollm2(args: argparse.Namespace) -> Record:
-    """Half of SmolLM2's weights gone and the rest int8, distilled."""
-    return _tuned_smollm2(args, "smollm2", lambda m, data: _sparse(m, args.method, data))
+    """Half of SmolLM2's weights gone and the rest int8, both with calibration; distilled."""
+
+    def compress(model: Any, data: list[Tensor]) -> Any:
+        llmq.prune(model, 0.5, method="sparsegpt", data=data)
+        return llmq.quantize(
+            model, scheme="w8a8", algorithm="smoothquant+gptq", data=data[: len(data) // 2]
+        )
+
+    return _tuned_smollm2(args, "smollm2", compress)
 
 
 def run_smollm2_original(args: argparse.Namespace) -> Record:
@@ -269,19 +276,19 @@ def _tuned_smollm2(
         return row
 
     if not (folder / "before" / "llmq.json").exists():
-        llmq.save(compress(copy.deepcopy(original), list(windows[:24])), folder / "before")
+        llmq.save(compress(copy.deepcopy(original), list(windows[:96])), folder / "before")
     model: Any = llmq.load(folder / "before")
     rows = [judge(model, "before")]
     model.get_input_embeddings().requires_grad_(False)
     history = llmq.fine_tune(
         model,
-        windows[64:].split(2),
+        windows[128:].split(2),
         steps=args.steps,
         lr=args.lr,
         teacher=original,
         teacher_weight=0.9,
         dtype=torch.bfloat16 if args.bfloat16 else None,
-        validation=windows[32:36].split(2),
+        validation=windows[112:120].split(2),
         validate_every=max(1, args.steps // 6),
         checkpoint_dir=folder,
     )
@@ -321,8 +328,8 @@ CASES = {
     "bert": (run_bert, 150, 3e-4),
     "student": (run_student, 150, 3e-4),
     "t5": (run_t5, 400, 1e-3),
-    "smollm2": (run_smollm2, 120, 5e-4),
-    "smollm2-original": (run_smollm2_original, 120, 5e-4),
+    "smollm2": (run_smollm2, 300, 5e-4),
+    "smollm2-original": (run_smollm2_original, 300, 5e-4),
     "plan": (run_plan, 0, 0.0),
 }
 
