@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--text", type=Path, metavar="FILE", help="to choose on; else Python's")
     compress.add_argument("--tokens", type=int, default=8192, help="of that text, at most")
     compress.add_argument(
-        "--resume", type=Path, metavar="FILE", help="keeps what choosing measures"
+        "--resume",
+        type=Path,
+        metavar="DIR",
+        help="keeps what is done of each stage, from which the same command goes on",
     )
     compress.add_argument("--fine-tune", type=Path, metavar="FILE", help="text to recover on")
     compress.add_argument("--steps", type=int, default=60, help="of fine-tuning")
@@ -119,7 +123,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _compress(args: argparse.Namespace) -> None:
     import llmq
-    from llmq.integrations.models import open_model
+    from llmq.integrations import directory
+    from llmq.integrations.models import LLMQ_MARKER, open_model
 
     planned = args.max_ppl_increase is not None or args.max_kl is not None
     if planned and (args.scheme is not None or args.prune is not None):
@@ -127,6 +132,10 @@ def _compress(args: argparse.Namespace) -> None:
     increase = None if args.max_ppl_increase is None else _share(args.max_ppl_increase)
     if args.scheme is None and args.prune is None and args.fine_tune is None and not planned:
         args.scheme = "w8a8"
+    directory.check(args.output.resolve(), marker=LLMQ_MARKER)  # before hours of work
+    keep = _keeper(args.resume)
+    if args.resume is not None and not (planned or args.calibrate or args.fine_tune):
+        raise ValueError("--resume goes with --calibrate, a bound or --fine-tune")
     model, tokenizer = open_model(args.model)
     skip = None if args.skip is None else tuple(name for name in args.skip if name)
     teacher = None
@@ -136,14 +145,16 @@ def _compress(args: argparse.Namespace) -> None:
 
         batches = _training_text(args.fine_tune, tokenizer, args.steps)
         teacher = copy.deepcopy(model)
-    prunes = {"method": args.method}
-    quantizes = {"algorithm": args.algorithm}
+    prunes: dict[str, Any] = {"method": args.method}
+    quantizes: dict[str, Any] = {"algorithm": args.algorithm}
     if args.calibrate is not None:
         windows = _windows(args.calibrate, tokenizer, args.windows)
         if args.method != "magnitude":
             prunes["data"] = windows
+            if args.pattern != "structured":
+                prunes["resume"] = keep("prune")
         if args.algorithm != "rtn":
-            quantizes["data"] = windows
+            quantizes |= {"data": windows, "resume": keep("quantize")}
         if not ("data" in prunes and args.prune is not None) and "data" not in quantizes:
             raise ValueError("--calibrate goes with --algorithm, or with --prune and --method")
     if args.prune is not None:
@@ -156,20 +167,41 @@ def _compress(args: argparse.Namespace) -> None:
             max_kl=args.max_kl,
             max_perplexity_increase=increase,
             skip=skip,
-            resume=args.resume,
+            resume=keep("plan.json"),
         )
         print(plan, file=sys.stderr)
         plan.apply(model)
     elif args.scheme != "none":
         llmq.quantize(model, args.bits, scheme=args.scheme, skip=skip, **quantizes)
     if teacher is not None:
-        history = llmq.fine_tune(model, batches, steps=args.steps, lr=args.lr, teacher=teacher)
+        history = llmq.fine_tune(
+            model,
+            batches,
+            steps=args.steps,
+            lr=args.lr,
+            teacher=teacher,
+            checkpoint_dir=keep(f"fine-tune-{_digest(args.fine_tune)}"),
+        )
         print(history, file=sys.stderr)
     llmq.save(model, args.output)
     if tokenizer is not None:
         tokenizer.save_pretrained(args.output)
     report: Any = model.llmq_report
     print(report.to_json() if args.json else report)
+
+
+def _keeper(folder: Path | None) -> Callable[[str], Path | None]:
+    """Return what tells each stage where to keep its work: in `folder`, which is made."""
+    if folder is None:
+        return lambda stage: None
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; --resume takes a directory")
+    folder.mkdir(parents=True, exist_ok=True)
+    return lambda stage: folder / stage
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:8]
 
 
 def _training_text(file: Path, tokenizer: Any, steps: int) -> list[Any]:

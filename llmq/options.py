@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from llmq import dispatch
 from llmq.candidates import fits, make_layer, parse, seconds_a_call
 from llmq.nn import LowRankLinear, QuantLinear, SparseLinear, linear_weight
 from llmq.sensitivity import Sensitivity, Unit
@@ -60,7 +61,7 @@ def measure(
         units: of `sensitivity.units`.
         formats: to choose among; those that do not fit a unit's shapes are left out.
         tokens: that a call is timed for.
-        kept: KL measured before.
+        kept: KL and times measured before.
         moments: of the inputs of each unit, where there are any.
     """
     shapes = [(*linear_weight(t.module)[0].shape,) for unit in units for t in unit.targets]
@@ -73,7 +74,7 @@ def measure(
             times = Counter[str]()
             for weight in weights:
                 N, K = weight.shape
-                found = seconds_a_call(
+                found = kept.seconds(
                     N, K, fitting, tokens, weight.dtype, weight.device, layers[N, K]
                 )
                 times.update({name: unit.calls * seconds for name, seconds in found.items()})
@@ -160,7 +161,10 @@ def _steps(option: Option, budget: float) -> int:
 
 
 class Measured:
-    """KL by unit and format, in a file that an interrupted plan goes on from."""
+    """KL by unit and format, and times, in a file that an interrupted plan goes on from.
+
+    Times too, as those of another minute might make another plan than the one that was interrupted.
+    """
 
     def __init__(
         self,
@@ -171,6 +175,8 @@ class Measured:
     ) -> None:
         self.file = None if file is None else Path(file)
         self.values: dict[str, float] = {}
+        self.times: dict[str, dict[str, float]] = {}
+        self.key = ""
         if self.file is None:
             return
         digest = hashlib.sha256()
@@ -183,7 +189,7 @@ class Measured:
         if self.file.exists():
             try:
                 kept = json.loads(self.file.read_text())
-                key, self.values = kept["key"], kept["kl"]
+                key, self.values, self.times = kept["key"], kept["kl"], kept["seconds"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{self.file} holds no measurements of a plan") from error
             if key != self.key:
@@ -197,9 +203,23 @@ class Measured:
 
     def put(self, unit: Unit, name: str, kl: float) -> None:
         self.values[f"{unit.name} {name}"] = kl
+        self._write()
+
+    def seconds(self, *call: Any) -> dict[str, float]:
+        """Return `seconds_a_call(*call)`, as measured before on such a CPU with as many threads."""
+        if self.file is None:
+            return seconds_a_call(*call)
+        name = " ".join(map(str, (dispatch.cpu_isa(), torch.get_num_threads(), *call)))
+        if name not in self.times:
+            self.times[name] = seconds_a_call(*call)
+            self._write()
+        return self.times[name]
+
+    def _write(self) -> None:
         if self.file is not None:
+            kept = {"key": self.key, "kl": self.values, "seconds": self.times}
             partial = self.file.with_suffix(".partial")
-            partial.write_text(json.dumps({"key": self.key, "kl": self.values}))
+            partial.write_text(json.dumps(kept))
             os.replace(partial, self.file)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from llmq.losses import Teacher, loss_of
 
 _WARMUP = 0.05  # of all steps
 _SAVE_EVERY = 60.0  # seconds between two states on disk
+_SAMPLE = 4096  # numbers of a parameter that tell one training from another
 
 
 @dataclass
@@ -57,7 +59,7 @@ class History:
         if self.validation:
             best = min(loss for _, loss in self.validation)
             text += f", validation {self.validation[0][1]:.3f} -> {best:.3f} at {self.best_step}"
-        return text
+        return text + (f", taken up at {self.resumed_at}" if self.resumed_at else "")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def train(
     )
     total, history = settings.steps, History()
     best = Best(parameters)
-    state = None if folder is None else _State(Path(folder), settings)
+    state = None if folder is None else _State(Path(folder), settings, parameters)
     if state is not None:
         state.restore(parameters, optimizer, history, best)
     started = saved = time.monotonic()
@@ -237,10 +239,20 @@ class Best:
             parameter.copy_(value)
 
 
+def _digest(parameters: list[nn.Parameter]) -> str:
+    """Return a hash of some numbers of each parameter, which tells a model from others."""
+    digest = hashlib.sha256()
+    for parameter in parameters:
+        values = parameter.detach().flatten()
+        some = values[:: max(1, values.numel() // _SAMPLE)].float().cpu()
+        digest.update(f"{list(parameter.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 class _State:
     """The state of an interrupted training, one safetensors file that replaces itself whole."""
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
+    def __init__(self, folder: Path, settings: Settings, parameters: list[nn.Parameter]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / "training.safetensors"
         self.plan = {
@@ -248,6 +260,7 @@ class _State:
             "lr": settings.lr,
             "accumulate": settings.accumulate,
             "dtype": str(settings.dtype),
+            "start": _digest(parameters),
         }
 
     def save(

@@ -143,3 +143,13 @@ def output(model: Any, name: str) -> torch.Tensor:
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     """Return the cosine similarity of two outputs."""
     return float(torch.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0))
+
+
+def tiny_tokenizer() -> Any:
+    """One token a byte of ASCII: enough to read and write text with a vocabulary of 128."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    letters = {chr(i): i for i in range(128)}
+    plain = Tokenizer(models.WordLevel(letters, unk_token="?"))
+    plain.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return tf.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="?", eos_token="\x02")

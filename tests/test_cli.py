@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,22 +22,12 @@ tf = pytest.importorskip("transformers")
 TEXT = "the quick brown fox jumps over the lazy dog, and then it sleeps. " * 40
 
 
-def tiny_tokenizer() -> Any:
-    """One token a byte of ASCII: enough to read and write text with a vocabulary of 128."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-
-    letters = {chr(i): i for i in range(128)}
-    plain = Tokenizer(models.WordLevel(letters, unk_token="?"))
-    plain.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    return tf.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="?", eos_token="\x02")
-
-
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("original") / "llama"
     torch.manual_seed(0)
     families.CAUSAL["llama"]().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    families.tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -112,12 +103,12 @@ def test_compress_prunes_and_fine_tunes(capsys, original, text, tmp_path):
 
 
 def test_compress_within_a_bound_on_perplexity(capsys, original, text, tmp_path):
-    out, kept = tmp_path / "planned", tmp_path / "plan.json"
+    out, kept = tmp_path / "planned", tmp_path / "kept"
     bound = ("--max-ppl-increase", "0.5%", "--text", text, "--tokens", 1200, "--resume", kept)
     status, table, errors = run(capsys, "compress", original, "-o", out, *bound)
     assert status == 0 and "untouched" in table
     assert "held-out text: KL" in errors and "bound: perplexity 0.005" in errors
-    assert json.loads(kept.read_text())["kl"]
+    assert json.loads((kept / "plan.json").read_text())["kl"]
     status, output, _ = run(capsys, "eval", out, "--text", text, "--baseline", original)
     assert status == 0 and "be told from no difference" in output
 
@@ -215,7 +206,7 @@ def test_bench_rejects_a_shape(capsys):
 
 def test_demo_writes_table_json_and_page(capsys, original, tmp_path, monkeypatch):
     model = tf.AutoModelForCausalLM.from_pretrained(original).eval()
-    monkeypatch.setattr(smollm2, "load", lambda: (model, tiny_tokenizer()))
+    monkeypatch.setattr(smollm2, "load", lambda: (model, families.tiny_tokenizer()))
     monkeypatch.setenv("LLMQ_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "report"
     status, table, _ = run(capsys, "demo", "--quick", "-o", out)
@@ -264,3 +255,76 @@ def test_compress_calibrates(
     few = ("--algorithm", "gptq", "--calibrate", text_of_few)
     status, _, err = run(capsys, "compress", original, "-o", tmp_path / "none", *few)
     assert status == 1 and "at least 512 would do" in err
+
+
+KILLED = """
+import os, signal, sys
+from llmq import cli, training
+from llmq.algorithms import resume
+training._SAVE_EVERY = 0.0
+saves = 0
+
+def until_killed(keep):
+    def kept(*args, **kwargs):
+        global saves
+        keep(*args, **kwargs)
+        saves += 1
+        if saves == int(sys.argv[1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+    return kept
+
+resume.Kept.save = until_killed(resume.Kept.save)
+training._State.save = until_killed(training._State.save)
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What a checkpoint holds, apart from its description, whose layers' errors are sums."""
+    return {file.name: file.read_bytes() for file in folder.rglob("*.safetensors")}
+
+
+def test_a_killed_compress_goes_on_where_it_was(
+    capsys: pytest.CaptureFixture[str], original: Path, text: Path, tmp_path: Path
+) -> None:
+    """Killed in quantization, after pruning, and in training: the same bits as at one go."""
+    command = [
+        *("compress", original, "--scheme", "w8a8", "--prune", 0.5, "--method", "sparsegpt"),
+        *("--algorithm", "gptq", "--calibrate", text, "--windows", 2),
+        *("--fine-tune", text, "--steps", 4, "--lr", 1e-3),
+    ]
+    whole, parted, kept = tmp_path / "whole", tmp_path / "parted", tmp_path / "kept"
+    status, _, errors = run(capsys, *command, "-o", whole)
+    assert status == 0, errors
+    resumed = [*command, "-o", parted, "--resume", kept]
+    stages = []
+    for saves in (3, 3):  # two blocks are pruned, two quantized, then four steps are trained
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(saves), *map(str, resumed)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert not parted.exists()
+        stages.append(sorted(p.parent.name[:9] for p in kept.rglob("*.safetensors")))
+    assert stages == [
+        ["prune", "prune", "quantize"],
+        ["fine-tune", "prune", "prune", "quantize", "quantize"],
+    ]
+    status, _, errors = run(capsys, *resumed)
+    assert status == 0 and "4 steps in" in errors and "taken up at 2" in errors
+    assert files(parted) == files(whole)
+
+    status, _, errors = run(capsys, *resumed, "--prune", 0.25)
+    assert status == 1 and "prune holds blocks of another model, data or options" in errors
+
+
+def test_what_resume_goes_with(
+    capsys: pytest.CaptureFixture[str], original: Path, text: Path, tmp_path: Path
+) -> None:
+    status, _, errors = run(capsys, "compress", original, "-o", tmp_path / "out", "--resume", "x")
+    assert status == 1 and "--resume goes with --calibrate, a bound or --fine-tune" in errors
+    tune = ("--fine-tune", text, "--resume", text)
+    status, _, errors = run(capsys, "compress", original, "-o", tmp_path / "out", *tune)
+    assert status == 1 and "is a file; --resume takes a directory" in errors

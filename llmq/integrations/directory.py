@@ -33,13 +33,7 @@ def replaced(target: Path, *, marker: str, ours: tuple[str, ...]) -> Iterator[Pa
     """
     target = Path(os.path.realpath(target))
     recover(target)
-    if target.exists():
-        if not target.is_dir():
-            raise ValueError(f"{target} is a file; name a directory")
-        if any(target.iterdir()) and not (target / marker).is_file():
-            raise ValueError(
-                f"{target} holds something else (no {marker} in it); name another directory"
-            )
+    check(target, marker=marker)
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
     with _partial(target) as folder:
@@ -55,6 +49,17 @@ def replaced(target: Path, *, marker: str, ours: tuple[str, ...]) -> Iterator[Pa
             _sync(Path(path))
         _swap(folder, target)
         _sync(target.parent)
+
+
+def check(target: Path, *, marker: str) -> None:
+    """Raise `ValueError` if `target` is a file, or a directory of something else."""
+    if target.exists():
+        if not target.is_dir():
+            raise ValueError(f"{target} is a file; name a directory")
+        if any(target.iterdir()) and not (target / marker).is_file():
+            raise ValueError(
+                f"{target} holds something else (no {marker} in it); name another directory"
+            )
 
 
 def recover(target: Path) -> None:
