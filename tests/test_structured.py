@@ -215,13 +215,18 @@ def test_configuration_rebuilds_the_model(name: str) -> None:
     assert torch.equal(families.output(model, name), families.output(again, name))
 
 
-def test_split_experts_shrink_as_fused_ones() -> None:
+@pytest.mark.parametrize(("method", "tokens"), [("magnitude", 0), ("wanda", 24), ("wanda", 1)])
+def test_split_experts_shrink_as_fused_ones(method: str, tokens: int) -> None:
+    """With data too, which scores each expert that it reaches: one token, two of the four."""
     fused, split = families.make("mixtral"), families.make("mixtral")
     for module in list(split.modules()):
         if hasattr(module, "experts"):
             module.experts = SplitExperts.from_fused(module.experts)
+    data = [{"input_ids": torch.arange(3, 3 + tokens)[None]}] if method == "wanda" else None
     for model in (fused, split):
-        prune(model, 0.5, pattern="structured")
+        prune(model, 0.5, pattern="structured", method=method, data=data)
+        unreached = "by magnitude, as no data reached them: model.layers.0.mlp.experts."
+        assert (unreached in model.llmq_report.choice) == (data is not None and tokens == 1)
     assert torch.allclose(
         families.output(fused, "mixtral"), families.output(split, "mixtral"), rtol=1e-4, atol=1e-4
     )
@@ -278,7 +283,7 @@ def test_data_tells_better_what_matters(name: str) -> None:
         llmq.prune(model, 0.25, pattern="structured", method=method, data=data)
         errors.append(1 - families.cosine(families.output(model, name), expected))
     magnitude, wanda, refitted = errors
-    if name not in ("mixtral", "olmoe"):  # whose fused experts data does not score
+    if name not in ("mixtral", "olmoe"):  # whose fused experts are not refitted
         assert refitted < 0.8 * wanda
         assert wanda < 1.2 * magnitude
     else:

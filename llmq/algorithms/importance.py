@@ -13,7 +13,8 @@ and ZipLM for whole structures (Kurtić et al., arXiv:2302.04089).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ from llmq.algorithms.calibration import Call, Statistics, gather, stages
 from llmq.algorithms.folding import Journal
 from llmq.algorithms.slicing import dense_weight
 from llmq.algorithms.surgeon import DAMPING
-from llmq.algorithms.units import Block
+from llmq.algorithms.units import Block, split_experts
+from llmq.integrations.experts import SplitExperts
 from llmq.integrations.transformers import is_conv1d
 from llmq.report import relative_error
 from llmq.walk import Target
@@ -32,7 +34,8 @@ from llmq.walk import Target
 def scores(model: nn.Module, blocks: list[Block], calls: list[Call]) -> dict[str, Tensor]:
     """Return, by a block's name, each unit's share of the outputs, float64 [units].
 
-    Blocks that no data reached, and experts that are still fused, are left out.
+    Experts that are one parameter are scored each, by its name in the layers that `SplitExperts`
+    makes of them. Blocks and experts that no data reached are left out.
     """
     found: dict[str, Tensor] = {}
 
@@ -52,7 +55,33 @@ def scores(model: nn.Module, blocks: list[Block], calls: list[Call]) -> dict[str
 
     full = any(block.slices and block.slices[-1].width > 1 for block in blocks)
     _visit(model, blocks, calls, score, full=full, what="score")
+    with _split(model, blocks) as inside:
+        if inside:  # apart, as all second moments of many experts would take gigabytes
+            _visit(model, inside, calls, score, full=False, what="score experts")
     return found
+
+
+@contextmanager
+def _split(model: nn.Module, blocks: list[Block]) -> Iterator[list[Block]]:
+    """Put layers in the place of fused experts for a while; gives each expert's block."""
+    fused = {id(block.fused): block for block in blocks if block.fused is not None}
+    places = [
+        (parent, attribute, child)
+        for parent in model.modules()
+        for attribute, child in parent._modules.items()
+        if id(child) in fused
+    ]
+    inside = []
+    try:
+        for parent, attribute, child in places:
+            assert child is not None
+            split = SplitExperts.from_fused(child)
+            setattr(parent, attribute, split)
+            inside += split_experts(fused[id(child)].name, split)
+        yield inside
+    finally:
+        for parent, attribute, child in places:
+            setattr(parent, attribute, child)
 
 
 def refit(

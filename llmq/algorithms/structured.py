@@ -25,7 +25,7 @@ from llmq.algorithms.units import Block, Slice, find, split_experts
 from llmq.integrations import experts, layouts
 from llmq.integrations import transformers as hf
 from llmq.nn import QuantLinear, SparseLinear
-from llmq.report import Change
+from llmq.report import Change, few
 from llmq.walk import set_attributes
 
 
@@ -66,22 +66,36 @@ def prune(
     try:
         if refit and calls is not None:
             errors = importance.refit(model, blocks, calls, journal)
-        changes = _shrink(model, blocks, whole)
+        changes = _shrink(model, blocks, whole, known)
     except BaseException:
         journal.undo()
         raise
     for name, error in errors.items():
         changes[name] = changes[name]._replace(weight_error=error)
-    unscored = sum(b.name not in known for b in blocks)
     choice = _summary(blocks)
     if calls is not None:
         choice += f"; scored on {len(calls)} batches" + (", layers after refitted" * refit)
-        choice += f" ({unscored} by magnitude: fused, or without data)" if unscored else ""
+        fused = [block.name for block in blocks if block.fused is not None]
+        if refit and fused:
+            choice += f"\nnot refitted, as experts are one parameter: {few(fused)}"
+        unscored = [name for block in blocks for name in _names(block) if name not in known]
+        if unscored:
+            choice += f"\nby magnitude, as no data reached them: {few(unscored)}"
     return changes, choice
 
 
+def _names(block: Block) -> list[str]:
+    """Return the names that what is in a block is scored by."""
+    if block.fused is None:
+        return [block.name]
+    return [f"{block.name}.{i}" for i in range(block.fused.get_parameter("down_proj").shape[0])]
+
+
 def _shrink(
-    model: nn.Module, blocks: list[Block], whole: set[tuple[str, int]]
+    model: nn.Module,
+    blocks: list[Block],
+    whole: set[tuple[str, int]],
+    known: dict[str, Tensor],
 ) -> dict[str, Change]:
     """Take out what `keep` of each block leaves; all that can fail comes first."""
     changes: dict[str, Change] = {}
@@ -89,7 +103,7 @@ def _shrink(
     parameters: list[tuple[nn.Module, str, nn.Parameter]] = []
     for block in blocks:
         if block.fused is not None:
-            sliced = _slice_fused(block)
+            sliced = _slice_fused(block, known)
             parameters += sliced
             changes[block.name] = _fused_change(block.fused, [p for _, _, p in sliced])
             continue
@@ -203,14 +217,16 @@ def _merged(block: Block) -> list[tuple[str, str, nn.Module, Tensor]]:
     ]
 
 
-def _slice_fused(block: Block) -> list[tuple[nn.Module, str, nn.Parameter]]:
+def _slice_fused(
+    block: Block, known: dict[str, Tensor]
+) -> list[tuple[nn.Module, str, nn.Parameter]]:
     module = block.fused
     assert module is not None
     split = experts.SplitExperts.from_fused(module)
     kept: dict[str, list[Tensor]] = {}
     biases: list[Tensor] = []
     for inner in split_experts(block.name, split):
-        score = _score(inner)
+        score = known[inner.name] if inner.name in known else _score(inner)
         inner.keep = score.topk(len(block.keep)).indices.sort().values
         for name, side, layer, index in _merged(inner):
             attribute = name.split(".")[-2]
