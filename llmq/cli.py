@@ -81,12 +81,17 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--json", action="store_true", help="print the report as JSON")
     compress.set_defaults(run=_compress)
 
-    evaluate = commands.add_parser("eval", help="measure a model on a text")
+    evaluate = commands.add_parser("eval", help="measure a model on a text, or on tasks of lm-eval")
     evaluate.add_argument("model", help=model)
-    evaluate.add_argument("--text", required=True, type=Path, metavar="FILE")
+    evaluate.add_argument("--text", type=Path, metavar="FILE")
+    evaluate.add_argument("--tasks", metavar="NAMES", help="of lm-eval: arc_easy,hellaswag …")
     evaluate.add_argument("--baseline", metavar="MODEL", help="compare with this original")
     evaluate.add_argument("--tokens", type=int, default=4096, help="of the text, at most")
-    evaluate.add_argument("--html", type=Path, metavar="FILE", help="with --baseline: a report")
+    evaluate.add_argument("--html", type=Path, metavar="FILE", help="of --text with --baseline")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="documents of each task, at most")
+    evaluate.add_argument("--fewshot", type=int, metavar="N", help="examples before each document")
+    evaluate.add_argument("--batch-size", type=int, default=1, metavar="N", help="of tasks")
+    evaluate.add_argument("--include-path", type=Path, metavar="DIR", help="with tasks of your own")
     evaluate.add_argument("--json", action="store_true")
     evaluate.set_defaults(run=_eval)
 
@@ -258,20 +263,53 @@ def _tokens(file: Path | None, tokenizer: Any) -> Any:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    import llmq
     from llmq.integrations.models import open_model
 
+    if args.text is None and args.tasks is None:
+        raise ValueError("name a text to measure on (--text FILE), tasks (--tasks NAMES), or both")
+    if args.html is not None and (args.text is None or args.baseline is None):
+        raise ValueError("--html goes with --text and --baseline")
     model, tokenizer = open_model(args.model)
     baseline, other = (None, None) if args.baseline is None else open_model(args.baseline)
-    tokens = _tokens(args.text, tokenizer if tokenizer is not None else other)[: args.tokens]
-    if baseline is None:
-        metrics = llmq.evaluate(model, tokens)
-        print(json.dumps(metrics.to_dict(), indent=1) if args.json else metrics)
+    tokenizer = tokenizer if tokenizer is not None else other
+    found: dict[str, Any] = {}
+    if args.text is not None:
+        found["text"] = _eval_text(args, model, baseline, tokenizer)
+    if args.tasks is not None:
+        found["tasks"] = _eval_tasks(args, model, baseline, tokenizer)
+    if args.json:
+        records = {name: report.to_dict() for name, report in found.items()}
+        whole = records if len(records) > 1 else next(iter(records.values()))
+        print(json.dumps(whole, indent=1))
         return
+    print("\n\n".join(str(report) for report in found.values()))
+
+
+def _eval_text(args: argparse.Namespace, model: Any, baseline: Any, tokenizer: Any) -> Any:
+    import llmq
+
+    tokens = _tokens(args.text, tokenizer)[: args.tokens]
+    if baseline is None:
+        return llmq.evaluate(model, tokens)
     report = llmq.compare(baseline, model, tokens)
     if args.html is not None:
         report.to_html(args.html)
-    print(report.to_json() if args.json else report)
+    return report
+
+
+def _eval_tasks(args: argparse.Namespace, model: Any, baseline: Any, tokenizer: Any) -> Any:
+    from llmq.integrations import lm_eval
+
+    return lm_eval.evaluate(
+        model,
+        tokenizer,
+        [name for name in args.tasks.split(",") if name],
+        baseline=baseline,
+        limit=args.limit,
+        num_fewshot=args.fewshot,
+        batch_size=args.batch_size,
+        include_path=args.include_path,
+    )
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -123,9 +123,13 @@ class Report:
         """Print the table and the five layers with the largest errors."""
         print(self)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name, ready for JSON."""
+        return asdict(self)
+
     def to_json(self, file: str | Path | None = None) -> str:
         """Return everything as JSON, and write it to `file` if one is given."""
-        text = json.dumps(asdict(self), indent=1)
+        text = json.dumps(self.to_dict(), indent=1)
         if file is not None:
             Path(file).write_text(text)
         return text

@@ -69,6 +69,7 @@ _OPTIONAL = {
     "transformers": ("loads and rebuilds Hugging Face models", "transformers"),
     "gguf": ("reads GGUF files", "eval"),
     "accelerate": ("loads large checkpoints", "eval"),
+    "lm_eval": ("runs lm-eval's tasks", "lm-eval"),
     "matplotlib": ("draws the plots of HTML reports", "plots"),
     "pytest_benchmark": ("runs benchmarks/micro.py", "bench"),
 }

@@ -37,13 +37,17 @@ ORDER = (
         *("calibrate", "checkpoint", "compare", "doctor", "evaluate", "fine_tune", "plan"),
         *("prune", "quantize", "losses", "options", "sensitivity", "student", "training"),
     ),
-    ("bench", "demo", "integrations.models", "tune"),  # what the commands are made of
+    # What the commands are made of.
+    ("bench", "demo", "integrations.lm_eval", "integrations.models", "tune"),
     ("cli",),
 )
 # The names of the public API, gathered; only what stands on top of the verbs may ask there.
 TOP = ("llmq", "llmq.cli", "llmq.demo", "llmq.bench")
 CORE = {"torch", "numpy", "safetensors", "tqdm"}
-OPTIONAL = ("transformers", "triton", "matplotlib", "gguf", "accelerate", "llmq_kernels")
+OPTIONAL = (
+    *("transformers", "triton", "matplotlib", "gguf", "accelerate", "lm_eval", "datasets"),
+    "llmq_kernels",
+)
 
 
 def rank(module: str) -> int:
