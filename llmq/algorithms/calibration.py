@@ -8,6 +8,7 @@ compressed for the inputs that it will get, as in GPTQ (Frantar et al., arXiv:22
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -164,6 +165,52 @@ def _mapped(value: Any, change: Any) -> Any:
 # -- what reaches linear layers --------------------------------------------------------------------
 
 ROWS = 512  # inputs of a layer that are kept as they are, for errors that moments do not tell
+_BINS = 1 << 15  # of Magnitudes
+_INFINITE = 0x7F80  # the bin of infinity; NaN come after it
+
+
+class Magnitudes:
+    """A streaming histogram of |x|, of which any percentile can be asked.
+
+    Bins are the upper 16 bits of a float32, its sign apart: 128 a power of two, from the smallest
+    subnormal to the largest number, so that no range need be known beforehand and what was counted
+    is never spread again (the logarithmic bins of DDSketch: Masson et al., arXiv:1908.10693,
+    section 2.1). Counts are exact, so the parts and order of a stream change nothing. 256 KiB.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.counts = torch.zeros(_BINS, dtype=torch.int64, device=device)
+        self.largest = torch.zeros((), device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Take in inputs x of any shape, in floating point."""
+        if x.numel():
+            magnitude = x.detach().float().abs().flatten()
+            self.largest = torch.maximum(self.largest, magnitude.amax())
+            bins = magnitude.view(torch.int32) >> 16
+            self.counts += torch.bincount(bins, minlength=_BINS)
+
+    def percentile(self, percent: float) -> float:
+        """Return v such that `percent` % of all |x| are at most v, exactly max|x| at 100.
+
+        With e the exact percentile, the least |x| that has `percent` % of all at or below it,
+        e <= v < e (1 + 1/128); where e is subnormal, e <= v < e + 2^-133.
+
+        Raises:
+            ValueError: if `percent` is not in (0, 100], nothing was taken in, or not all of it
+                was finite.
+        """
+        if not 0 < percent <= 100:
+            raise ValueError(f"a percentile is in (0, 100], got {percent}")
+        total = int(self.counts.sum())
+        if not total or bool(self.counts[_INFINITE:].any()):
+            what = "NaN or infinite inputs" if total else "no inputs"
+            raise ValueError(f"no percentile: {what}")
+        rank = math.ceil(percent * total / 100)
+        place = int((self.counts.cumsum(0) < rank).sum())
+        # The largest number of the bin; above all that was seen, it would bound nothing closer.
+        edge = torch.tensor((place << 16) | 0xFFFF, dtype=torch.int32).view(torch.float32)
+        return min(float(edge), float(self.largest))
 
 
 @dataclass
@@ -176,6 +223,7 @@ class Statistics:
         absolute: Σ|x| of each channel, float32 [K].
         moments: Σ xᵀx, float32 [K, K], or its diagonal [K] where that is all that was asked for.
         sample: some of the inputs, evenly from each batch, float32 [≤ ROWS, K].
+        magnitudes: of all channels together, where asked for.
     """
 
     rows: int
@@ -183,6 +231,7 @@ class Statistics:
     absolute: Tensor
     moments: Tensor
     sample: list[Tensor] = field(default_factory=list)
+    magnitudes: Magnitudes | None = None
 
     @classmethod
     def empty(cls, K: int, device: torch.device, *, full: bool) -> Statistics:
@@ -203,6 +252,8 @@ class Statistics:
             self.moments.addmm_(x.T, x)
         else:
             self.moments += x.square().sum(0)
+        if self.magnitudes is not None:
+            self.magnitudes.add(x)
         if keep:
             step = max(1, x.shape[0] // keep)
             self.sample.append(x[::step][:keep].clone())
@@ -217,7 +268,8 @@ class Statistics:
         return torch.cat(self.sample)
 
     def scale(self, by: Tensor) -> None:
-        """Become the statistics of x / by, `by` [K] positive."""
+        """Become the statistics of x / by, `by` [K] positive; `magnitudes` cannot."""
+        self.magnitudes = None
         self.largest = self.largest / by
         self.absolute = self.absolute / by
         self.moments = self.moments / by / (by[:, None] if self.moments.dim() == 2 else by)
@@ -233,7 +285,12 @@ class Statistics:
 
 
 def gather(
-    stage: Stage, groups: list[list[Target]], *, full: bool, sample: bool = False
+    stage: Stage,
+    groups: list[list[Target]],
+    *,
+    full: bool,
+    sample: bool = False,
+    magnitudes: bool = False,
 ) -> list[Statistics]:
     """Run a stage's calls and return the statistics of each group's inputs.
 
@@ -243,6 +300,7 @@ def gather(
             same object.
         full: whether to keep all second moments, not only their diagonal.
         sample: whether to keep some inputs as they are.
+        magnitudes: whether to count |x|, for percentiles.
 
     Raises:
         ValueError: naming the layer that gets NaN or infinite inputs.
@@ -259,6 +317,8 @@ def gather(
             shares = x is previous["x"] and alone[i] and alone[other]
             K = x.shape[-1]
             found[i] = found[other] if shares else Statistics.empty(K, x.device, full=full)
+            if magnitudes and not shares:
+                found[i].magnitudes = Magnitudes(x.device)
         if x is not previous["x"] or found[i] is not found[previous["group"]]:
             found[i].add(x.detach(), keep)
         previous.update(x=x, group=i)
