@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llmq.algorithms import blockwise, magnitude, sparsegpt, structured, surgeon, wanda
+from llmq.algorithms import blockwise, depth, magnitude, sparsegpt, structured, surgeon, wanda
 from llmq.algorithms.calibration import Statistics
 from llmq.algorithms.resume import Kept, fingerprint
 from llmq.calibrate import calls_of
@@ -26,7 +26,7 @@ def prune(
     pruning_rate: float = 0.5,
     *,
     pattern: str = "unstructured",
-    method: str = "magnitude",
+    method: str | None = None,
     data: Any = None,
     skip: tuple[str, ...] | None = None,
     resume: str | os.PathLike[str] | None = None,
@@ -39,18 +39,21 @@ def prune(
     Args:
         model: any module; for `"structured"` a Transformer whose layers are named as in
             transformers' BERT-, GPT-2-, Llama-, T5- or Mixtral-like models.
-        pruning_rate: share of the weights of each layer to drop, in [0, 1).
+        pruning_rate: share of the weights of each layer to drop, in [0, 1); for `"layers"` of the
+            layers.
         pattern: `"unstructured"` (the smallest of each row), `"2:4"` (two of each four inputs,
             rate 0.5), `"block"` or `"block-RxC"` (whole blocks, 32×32 by default), `"structured"`
-            (attention heads and MLP channels: the matrices themselves become smaller).
-        method: what tells which weights matter. `"magnitude"`; `"wanda"`, magnitude times the norm
-            of the input (of a head or channel: what it adds to the output of the layer after);
-            `"sparsegpt"`, which also changes what stays to make up for what goes (int8 codes move
-            on their scales).
-        data: to calibrate with, for all but `"magnitude"`: token ids, a pair (text or texts,
+            (attention heads and MLP channels: the matrices themselves become smaller), `"layers"`
+            (whole layers of encoder and decoder each; the first stays).
+        method: what tells which weights matter. `"magnitude"`, which None stands for; `"wanda"`,
+            magnitude times the norm of the input (of a head or channel: what it adds to the output
+            of the layer after); `"sparsegpt"`, which also changes what stays to make up for what
+            goes (int8 codes move on their scales). Of layers `"influence"` alone, which None stands
+            for too: by how much each turns what passes through it.
+        data: to calibrate with, needed by all but `"magnitude"`: token ids, a pair (text or texts,
             tokenizer), or any iterable of what the model takes (`llmq.calibrate.calls_of`). A
             block at a time is in memory beside the model.
-        skip: patterns of layers to leave alone, as in `quantize`.
+        skip: patterns of layers to leave alone, as in `quantize`; of `"layers"`, those that stay.
         resume: a directory that keeps each block once it is done, from which the same call goes on
             if it was interrupted; only with data.
 
@@ -62,12 +65,18 @@ def prune(
     """
     rate = _check_rate(pruning_rate)
     parsed = parse_pattern(pattern)
-    _check_method(method, data)
-    if resume is not None and (data is None or parsed.kind == "structured"):
-        raise ValueError("resume goes with data, and with patterns other than structured")
+    method = _check_method(method, parsed, data)
+    if resume is not None and (data is None or parsed.kind in ("structured", "layers")):
+        raise ValueError("resume goes with data, and with patterns of weights or blocks of them")
     if parsed.kind == "2:4" and rate != 0.5:
         raise ValueError(f"pattern 2:4 drops two of each four: its rate is 0.5, got {rate}")
     found = find(model, skip, embeddings=False)
+    if parsed.kind == "layers":
+        choice = depth.prune(model, rate, skip or (), calls_of(model, data))
+        found = find(model, skip, embeddings=False)  # by the names that they have now
+        stays = {t.name: "in a layer that stays" for group in found.groups for t in group}
+        attach(model, {}, stays | found.reasons, choice)
+        return model
     if parsed.kind == "structured":
         calls = None if data is None else calls_of(model, data)
         skipped = set(found.reasons)
@@ -79,12 +88,13 @@ def prune(
                 found.reasons.setdefault(target.name, left)
         attach(model, changes, found.reasons, choice)
         return model
+    rates = {target.name: rate for group in found.groups for target in group}
     for group in found.groups:
         for target in group:
             _check(target, parsed, rate)
 
     def convert(group: list[Target], statistics: Statistics | None) -> list[nn.Module]:
-        layers = [_convert(target, parsed, rate, method, statistics) for target in group]
+        layers = [_convert(t, parsed, rates[t.name], method, statistics) for t in group]
         for layer in layers[1:]:
             _share(layers[0], layer)
         return list(layers)
@@ -127,9 +137,14 @@ def _check_rate(rate: float) -> float:
     return float(rate)
 
 
-def _check_method(method: str, data: Any) -> None:
-    if method not in _METHODS:
-        raise ValueError(f"unknown method {method!r}; there is {', '.join(_METHODS)}")
+def _check_method(method: str | None, pattern: Pattern, data: Any) -> str:
+    """Return the method that is meant, if it goes with pattern and data."""
+    known = ("influence",) if pattern.kind == "layers" else _METHODS
+    method = known[0] if method is None else method
+    if method not in known:
+        raise ValueError(
+            f"unknown method {method!r}; there is {', '.join(known)} for pattern {pattern.name}"
+        )
     if method == "magnitude" and data is not None:
         raise ValueError(f"method {method!r} uses no data; leave data=None")
     if method != "magnitude" and data is None:
@@ -137,6 +152,7 @@ def _check_method(method: str, data: Any) -> None:
             f"method {method!r} needs data to calibrate with: token ids, a pair (text, "
             f"tokenizer), or batches of what the model takes"
         )
+    return method
 
 
 def _check(target: Target, pattern: Pattern, rate: float) -> None:

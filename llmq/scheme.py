@@ -8,7 +8,7 @@ from typing import Literal, cast
 
 Granularity = Literal["tensor", "channel", "group"]
 Method = Literal["uniform", "quantile"]
-Kind = Literal["unstructured", "2:4", "block", "structured"]
+Kind = Literal["unstructured", "2:4", "block", "structured", "layers"]
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ DEFAULT_BLOCK = (32, 32)
 
 
 def parse_pattern(pattern: str | Pattern) -> Pattern:
-    """Read `"unstructured"`, `"2:4"`, `"block"` (32×32), `"block-RxC"` or `"structured"`.
+    """Read `"unstructured"`, `"2:4"`, `"block"` (32×32), `"block-RxC"`, `"structured"`, `"layers"`.
 
     Raises:
         ValueError: if the string is none of these.
@@ -186,7 +186,7 @@ def parse_pattern(pattern: str | Pattern) -> Pattern:
         return pattern
     if not isinstance(pattern, str):
         raise TypeError(f"pattern must be a string, got {type(pattern).__name__}")
-    if pattern in ("unstructured", "2:4", "structured"):
+    if pattern in ("unstructured", "2:4", "structured", "layers"):
         return Pattern(cast(Kind, pattern))
     if pattern == "block":
         return Pattern("block", DEFAULT_BLOCK)
@@ -195,5 +195,5 @@ def parse_pattern(pattern: str | Pattern) -> Pattern:
         return Pattern("block", (int(match[1]), int(match[2])))
     raise ValueError(
         f"unknown pattern {pattern!r}; use 'unstructured', '2:4', 'block', 'block-RxC' "
-        f"(R rows by C columns) or 'structured'"
+        f"(R rows by C columns), 'structured' or 'layers'"
     )

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import llmq
+from llmq.algorithms.depth import influences
 from llmq.blocks import running
-from llmq.student import influences, make_student
+from llmq.calibrate import calls_of
+from llmq.student import make_student
 from tests import families
 from tests.helpers import assert_raises, generator
 
@@ -113,7 +115,7 @@ def test_data_tells_which_layers_hardly_matter() -> None:
             for name in ("self_attn.o_proj", "mlp.down_proj"):
                 teacher.model.layers[i].get_submodule(name).weight.mul_(1e-3)
     data = [tokens(2, 30, seed) for seed in range(3)]
-    found = influences(teacher, data)
+    found = influences(teacher, calls_of(teacher, data))
     assert set(sorted(found, key=found.__getitem__)[:2]) == {"model.layers.2", "model.layers.3"}
     # Of a layer in the middle, by hand.
     with torch.inference_mode():

@@ -96,10 +96,10 @@ class SparseLinear(CompressedLayer):
             ValueError: if the mask does not obey the pattern, or the scheme cannot be sparse.
         """
         parsed = parse_pattern(pattern)
-        if parsed.kind == "structured":
+        if parsed.kind in ("structured", "layers"):
             raise ValueError(
-                "a structured pattern shrinks the matrices themselves; use llmq.prune(model, "
-                'pattern="structured")'
+                f"pattern {parsed.name} shrinks the model itself; use llmq.prune(model, "
+                f'pattern="{parsed.name}")'
             )
         wanted = None if scheme is None else _sparse_scheme(resolve_scheme(scheme))
         if isinstance(linear, (QuantLinear, SparseLinear)):
