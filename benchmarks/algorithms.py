@@ -25,6 +25,7 @@ import llmq
 from benchmarks import results
 from benchmarks.recovery import minilm
 from llmq import bench
+from llmq.algorithms import depth
 from llmq.integrations import smollm2
 
 WINDOW, JUDGED, APART, WINDOWS = 512, 4096, 4096, 16
@@ -40,12 +41,16 @@ def _quantize(scheme: str, algorithm: str = "rtn") -> Verb:
     return run
 
 
-def _prune(pattern: str, method: str, rate: float = 0.5) -> Verb:
+def _prune(pattern: str, method: str, rate: float = 0.5, **options: Any) -> Verb:
     def run(model: Any, data: Any) -> Any:
         given = None if method == "magnitude" else data
-        return llmq.prune(model, rate, pattern=pattern, method=method, data=given)
+        return llmq.prune(model, rate, pattern=pattern, method=method, data=given, **options)
 
     return run
+
+
+def _keep(layers: list[int]) -> Verb:
+    return lambda model, data: depth.keep(model, {"model.layers": layers})
 
 
 def _joint(model: Any, data: Any) -> Any:
@@ -76,6 +81,15 @@ CASES: dict[str, Verb] = {
     "structured-10%-magnitude": _prune("structured", "magnitude", 0.1),
     "structured-10%-wanda": _prune("structured", "wanda", 0.1),
     "structured-10%-sparsegpt": _prune("structured", "sparsegpt", 0.1),
+    "50%-wanda-allocated": _prune("unstructured", "wanda", allocation="sensitivity"),
+    "50%-sparsegpt-allocated": _prune("unstructured", "sparsegpt", allocation="sensitivity"),
+    "70%-wanda": _prune("unstructured", "wanda", 0.7),
+    "70%-wanda-allocated": _prune("unstructured", "wanda", 0.7, allocation="sensitivity"),
+    "70%-sparsegpt": _prune("unstructured", "sparsegpt", 0.7),
+    "70%-sparsegpt-allocated": _prune("unstructured", "sparsegpt", 0.7, allocation="sensitivity"),
+    "layers-10%-influence": _prune("layers", "influence", 0.1),
+    "layers-10%-even": _keep([i for i in range(30) if i not in (7, 15, 22)]),
+    "layers-10%-last": _keep(list(range(27))),
 }
 MINILM: dict[str, Verb] = {
     f"minilm-{name}": CASES[name]

@@ -53,7 +53,12 @@ def _parser() -> argparse.ArgumentParser:
         help="rtn, clip, gptq, smoothquant, awq, or both as in smoothquant+gptq",
     )
     compress.add_argument(
-        "--method", default="magnitude", help="of pruning: magnitude, wanda or sparsegpt"
+        "--method", help="of pruning: magnitude (if none is named), wanda or sparsegpt"
+    )
+    compress.add_argument(
+        "--allocation",
+        default="uniform",
+        help="of pruning: uniform, or sensitivity for more where it matters less",
     )
     compress.add_argument(
         "--calibrate", type=Path, metavar="FILE", help="text that algorithm and method see"
@@ -150,18 +155,22 @@ def _compress(args: argparse.Namespace) -> None:
 
         batches = _training_text(args.fine_tune, tokenizer, args.steps)
         teacher = copy.deepcopy(model)
-    prunes: dict[str, Any] = {"method": args.method}
+    prunes: dict[str, Any] = {"method": args.method, "allocation": args.allocation}
     quantizes: dict[str, Any] = {"algorithm": args.algorithm}
     if args.calibrate is not None:
         windows = _windows(args.calibrate, tokenizer, args.windows)
-        if args.method != "magnitude":
+        measures = args.pattern == "layers" or args.allocation == "sensitivity"
+        if args.method not in (None, "magnitude") or measures:
             prunes["data"] = windows
-            if args.pattern != "structured":
+            if args.pattern not in ("structured", "layers"):
                 prunes["resume"] = keep("prune")
         if args.algorithm != "rtn":
             quantizes |= {"data": windows, "resume": keep("quantize")}
         if not ("data" in prunes and args.prune is not None) and "data" not in quantizes:
-            raise ValueError("--calibrate goes with --algorithm, or with --prune and --method")
+            raise ValueError(
+                "--calibrate goes with --algorithm, or with --prune and --method, --allocation or "
+                "--pattern layers"
+            )
     if args.prune is not None:
         llmq.prune(model, args.prune, pattern=args.pattern, skip=skip, **prunes)
     if planned:

@@ -216,6 +216,9 @@ def unpack(
         return (), {"input_ids": ids}, ids
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         inputs, labels = batch
+        if isinstance(inputs, tuple) and isinstance(labels, dict):  # a call, as calibration has it
+            kwargs = {k: _move(v, device) for k, v in labels.items()}
+            return tuple(_move(v, device) for v in inputs), kwargs, kwargs.get("labels")
         labels = labels.to(device)
         if isinstance(inputs, dict):
             return (), {k: _move(v, device) for k, v in inputs.items()}, labels

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from llmq.algorithms import blockwise, depth, magnitude, sparsegpt, structured, surgeon, wanda
 from llmq.algorithms.calibration import Statistics
 from llmq.algorithms.resume import Kept, fingerprint
+from llmq.allocate import allocate
 from llmq.calibrate import calls_of
 from llmq.nn import QuantLinear, SparseLinear, linear_weight
 from llmq.report import Change, attach, few, relative_error
@@ -29,6 +30,7 @@ def prune(
     method: str | None = None,
     data: Any = None,
     skip: tuple[str, ...] | None = None,
+    allocation: str = "uniform",
     resume: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Prune the linear layers of `model` in place and return it; the report is attached.
@@ -54,6 +56,9 @@ def prune(
             tokenizer), or any iterable of what the model takes (`llmq.calibrate.calls_of`). A
             block at a time is in memory beside the model.
         skip: patterns of layers to leave alone, as in `quantize`; of `"layers"`, those that stay.
+        allocation: `"uniform"`, or `"sensitivity"`: a layer whose loss changes the model's output
+            more loses less (by `allocate.SPAN` at most), and all together the rate. For patterns of
+            weights and blocks; needs data with any method, and a run of the model a layer.
         resume: a directory that keeps each block once it is done, from which the same call goes on
             if it was interrupted; only with data.
 
@@ -65,7 +70,7 @@ def prune(
     """
     rate = _check_rate(pruning_rate)
     parsed = parse_pattern(pattern)
-    method = _check_method(method, parsed, data)
+    method = _check_method(method, parsed, data, allocation)
     if resume is not None and (data is None or parsed.kind in ("structured", "layers")):
         raise ValueError("resume goes with data, and with patterns of weights or blocks of them")
     if parsed.kind == "2:4" and rate != 0.5:
@@ -88,10 +93,19 @@ def prune(
                 found.reasons.setdefault(target.name, left)
         attach(model, changes, found.reasons, choice)
         return model
-    rates = {target.name: rate for group in found.groups for target in group}
+    uniform = allocation == "uniform" or rate == 0
     for group in found.groups:
         for target in group:
-            _check(target, parsed, rate)
+            _check(target, parsed, rate if uniform else 1.0)
+    calls = None if data is None else calls_of(model, data)
+    kept = None
+    if resume is not None and calls is not None:
+        options = f"prune {rate} {parsed.name} {method}" + f" {allocation}" * (not uniform)
+        kept = Kept(resume, fingerprint(options, found.groups, calls))
+    rates = {target.name: rate for group in found.groups for target in group}
+    if not uniform and calls is not None:
+        scaled = method != "magnitude"
+        rates = allocate(model, found.groups, calls, parsed, rate, wanda=scaled, resume=resume)
 
     def convert(group: list[Target], statistics: Statistics | None) -> list[nn.Module]:
         layers = [_convert(t, parsed, rates[t.name], method, statistics) for t in group]
@@ -103,23 +117,20 @@ def prune(
     choice = ""
     if rate == 0:
         replacements = []
-    elif data is None:
+    elif calls is None or method == "magnitude":
         with tqdm(found.groups, desc="prune", unit="layer", delay=1, leave=False) as progress:
             replacements = [
                 pair for g in progress for pair in zip(g, convert(g, None), strict=True)
             ]
     else:
-        calls = calls_of(model, data)
-        kept = None
-        if resume is not None:
-            options = f"prune {rate} {parsed.name} {method}"
-            kept = Kept(resume, fingerprint(options, found.groups, calls))
         full = method == "sparsegpt"
         done = blockwise.compress(model, found, calls, convert, what="prune", full=full, kept=kept)
         replacements, errors = done.layers, done.errors
         choice = f"{method}, calibrated on {len(calls)} batches"
         if done.unreached:
             choice += f"; by magnitude, as no data reached them: {few(done.unreached)}"
+    if not uniform:
+        choice = (choice or method) + f"; {rate} shared out by sensitivity: {_span(rates)} a layer"
     changes = {target.name: _change(target, layer) for target, layer in replacements}
     changes.update({n: changes[n]._replace(weight_error=e) for n, e in errors.items()})
     swap(model, found, replacements)
@@ -137,7 +148,11 @@ def _check_rate(rate: float) -> float:
     return float(rate)
 
 
-def _check_method(method: str | None, pattern: Pattern, data: Any) -> str:
+def _span(rates: dict[str, float]) -> str:
+    return f"{min(rates.values()):.3f} … {max(rates.values()):.3f}"
+
+
+def _check_method(method: str | None, pattern: Pattern, data: Any, allocation: str) -> str:
     """Return the method that is meant, if it goes with pattern and data."""
     known = ("influence",) if pattern.kind == "layers" else _METHODS
     method = known[0] if method is None else method
@@ -145,11 +160,20 @@ def _check_method(method: str | None, pattern: Pattern, data: Any) -> str:
         raise ValueError(
             f"unknown method {method!r}; there is {', '.join(known)} for pattern {pattern.name}"
         )
-    if method == "magnitude" and data is not None:
-        raise ValueError(f"method {method!r} uses no data; leave data=None")
-    if method != "magnitude" and data is None:
+    if allocation not in ("uniform", "sensitivity"):
+        raise ValueError(f"unknown allocation {allocation!r}; there is uniform, sensitivity")
+    measures = allocation == "sensitivity"
+    if measures and pattern.kind not in ("unstructured", "block"):
         raise ValueError(
-            f"method {method!r} needs data to calibrate with: token ids, a pair (text, "
+            f"pattern {pattern.name} leaves no choice of rates; allocation={allocation!r} goes "
+            f"with unstructured and block"
+        )
+    if method == "magnitude" and data is not None and not measures:
+        raise ValueError(f"method {method!r} uses no data; leave data=None")
+    if data is None and (method != "magnitude" or measures):
+        what = f"allocation {allocation!r}" if measures else f"method {method!r}"
+        raise ValueError(
+            f"{what} needs data to calibrate with: token ids, a pair (text, "
             f"tokenizer), or batches of what the model takes"
         )
     return method

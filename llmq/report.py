@@ -37,6 +37,7 @@ class LayerReport:
         kernel: what runs it for one token.
         reason: why that kernel.
         shape_before: weight [N, K] before a structured pruning.
+        pruned: share of its weights that is gone, where it has a pattern.
     """
 
     name: str
@@ -49,6 +50,7 @@ class LayerReport:
     kernel: str
     reason: str
     shape_before: list[int] | None = None
+    pruned: float | None = None
 
 
 @dataclass
@@ -82,12 +84,13 @@ class ModelReport:
         rows = [("layer", "kind", "scheme", "pattern", "error", "MB before", "after", "kernel")]
         for layer in self.layers:
             error = "" if layer.weight_error is None else f"{100 * layer.weight_error:.2f} %"
+            share = "" if layer.pruned is None else f" {100 * layer.pruned:.1f} %"
             rows.append(
                 (
                     layer.name,
                     layer.kind,
                     layer.scheme or "float",
-                    layer.pattern or "dense",
+                    (layer.pattern or "dense") + share,
                     error,
                     f"{layer.bytes_before / 1e6:.3f}",
                     f"{layer.bytes_after / 1e6:.3f}",
@@ -148,7 +151,10 @@ def layer_report(
     elif isinstance(layer, (QuantLinear, SparseLinear)):
         scheme = layer.scheme
         kernel, reason = layer.kernel(1)
-    pattern = layer.pattern if isinstance(layer, SparseLinear) else None
+    pattern, pruned = None, None
+    if isinstance(layer, SparseLinear):
+        mask = layer.mask()
+        pattern, pruned = layer.pattern, 1 - int(mask.sum()) / max(mask.numel(), 1)
     return LayerReport(
         name,
         kind,
@@ -160,6 +166,7 @@ def layer_report(
         kernel,
         reason,
         shape_before,
+        pruned,
     )
 
 

@@ -77,21 +77,40 @@ class Sensitivity:
         model: that gives logits.
         batch: as `evaluate.unpack` takes it; the original's log-probabilities are kept, one
             float32 a token and vocabulary entry, and the output of each block.
+        headless: whether a model without logits is judged by its first output, what is kept then.
 
     Raises:
-        ValueError: if the model gives no logits.
+        ValueError: if the model gives no logits, or not even a tensor.
     """
 
-    def __init__(self, model: nn.Module, batch: Any) -> None:
+    def __init__(self, model: nn.Module, batch: Any, *, headless: bool = False) -> None:
         self.model = model
         self.batch = batch
+        self.headless = False
         self._blocks = blocks(model)
         self._order: dict[str, int] = {}
         self._kept: dict[str, Any] = {}  # each block's output
         with inference(model), _watched(self._blocks, self._kept, self._order):
-            logits = _run(model, batch)[0]
+            output, labels = _call(model, batch)
+            self.headless = headless and logits_of(output) is None
+            logits = self._of(output, labels)
             # In place of the logits: each comparison needs it, and takes twice as long without.
-            self._log = torch.cat([part.float().log_softmax(-1) for part in logits.split(_ROWS)])
+            parts = [part.float() for part in logits.split(_ROWS)]
+            self._log = torch.cat([p if self.headless else p.log_softmax(-1) for p in parts])
+
+    @property
+    def rows(self) -> int:
+        """How many rows of outputs are compared."""
+        return len(self._log)
+
+    def _of(self, output: Any, labels: Tensor | None) -> Tensor:
+        """Return what is compared of a model's output, [rows, features]."""
+        if not self.headless:
+            return _flat(self.model, output, labels)[0]
+        hidden = output[0]
+        if not isinstance(hidden, Tensor):
+            raise ValueError(f"{type(self.model).__name__} gives neither logits nor a tensor first")
+        return hidden.reshape(-1, hidden.shape[-1])
 
     def units(self, groups: list[list[Target]]) -> list[Unit]:
         """Gather the targets that share an input, in the order in which they run."""
@@ -101,7 +120,7 @@ class Sensitivity:
             for group in groups:
                 for target in group:
                     stack.enter_context(_noted(target, calls))
-            _run(self.model, self.batch)
+            _call(self.model, self.batch)
         units: list[list[Target]] = []
         placed: dict[str, list[Target]] = {}
         # Within a block only: all decoder layers read an encoder's output, and need not be alike.
@@ -123,9 +142,15 @@ class Sensitivity:
         ]
 
     def kl(self, replaced: dict[str, nn.Module], targets: Sequence[Target]) -> float:
-        """Return the mean KL with `targets` replaced by the layers of their names."""
+        """Return the mean KL with `targets` replaced by the layers of their names.
+
+        Of a headless model it is Σ‖h − h'‖² / Σ‖h‖² of its first output h.
+        """
         with _replaced(replaced, targets), inference(self.model), self._replayed(targets):
-            logits = _run(self.model, self.batch)[0]
+            logits = self._of(*_call(self.model, self.batch))
+        if self.headless:
+            gone = (self._log - logits.float()).double().square().sum()
+            return float(gone / self._log.double().square().sum().clamp_min(1e-300))
         total = 0.0
         for before, after in zip(self._log.split(_ROWS), logits.split(_ROWS), strict=True):
             log = after.float().log_softmax(-1)
@@ -205,10 +230,20 @@ def distance(
 
 def _run(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return logits [tokens, vocabulary], the loss of each where there are labels, and its row."""
+    return _flat(model, *_call(model, batch))
+
+
+def _call(model: nn.Module, batch: Any) -> tuple[Any, Tensor | None]:
+    """Return the model's output, and labels where there are some."""
     args, kwargs, labels = unpack(batch, next(model.parameters()).device)
     if "use_cache" in inspect.signature(model.forward).parameters:
         kwargs["use_cache"] = False
-    output = model(*args, **kwargs)
+    return model(*args, **kwargs), labels
+
+
+def _flat(
+    model: nn.Module, output: Any, labels: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
     logits = logits_of(output)
     if logits is None:
         raise ValueError(f"{type(model).__name__} gives no logits; plan needs a model with a head")

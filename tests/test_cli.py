@@ -242,10 +242,22 @@ def test_compress_calibrates(
     assert status == 0, err
     assert "smoothquant+gptq, calibrated on 2 batches" in out
     for options, message in (
+        (
+            ("--prune", 0.5, "--allocation", "sensitivity"),
+            "magnitude; 0.5 shared out by sensitivity: 0.",
+        ),
+        (("--prune", 0.5, "--pattern", "layers"), "layers: model.layers 2 -> 1, without 1 ("),
+    ):
+        pruning = (*options, *calibrated, "--scheme", "none")
+        status, out, err = run(capsys, "compress", original, "-o", tmp_path / "small", *pruning)
+        assert status == 0, err
+        assert message in out
+    for options, message in (
         (("--algorithm", "gptq"), "algorithm 'gptq' needs data"),
         (("--algorithm", "magic"), "unknown algorithm 'magic'; there is rtn"),
         (calibrated, "--calibrate goes with --algorithm"),
         (("--prune", 0.5, "--method", "wanda"), "method 'wanda' needs data"),
+        (("--prune", 0.5, "--allocation", "sensitivity"), "allocation 'sensitivity' needs data"),
     ):
         status, _, err = run(capsys, "compress", original, "-o", tmp_path / "none", *options)
         assert status == 1 and message in err

@@ -34,7 +34,16 @@ ORDER = (
     ("algorithms",),
     ("candidates",),
     (
-        *("calibrate", "checkpoint", "compare", "doctor", "evaluate", "fine_tune", "plan"),
+        *(
+            "allocate",
+            "calibrate",
+            "checkpoint",
+            "compare",
+            "doctor",
+            "evaluate",
+            "fine_tune",
+            "plan",
+        ),
         *("prune", "quantize", "losses", "options", "sensitivity", "student", "training"),
     ),
     # What the commands are made of.
