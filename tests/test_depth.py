@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import llmq
 from llmq.algorithms import depth
+from llmq.integrations.transformers import accelerate
 from llmq.nn import QuantLinear
 from tests import families
 from tests.helpers import assert_equal, assert_raises, generator
@@ -194,6 +195,20 @@ def test_compressed_before_and_after(tmp_path: Path) -> None:
     assert reasons["model.layers.3.mlp.up_proj.weight"] == "in a layer that stays"
 
 
+def test_accelerated_layers_know_no_old_place() -> None:
+    ids = families.inputs("llama")["input_ids"]
+    texts = []
+    for fast in (False, True):
+        model = llmq.quantize(deep("llama"), scheme="w8a8")
+        if fast:
+            accelerate(model)
+            assert len(model.llmq_acceleration.joined) == LAYERS
+        llmq.prune(model, 0.4, pattern="layers", data=ids)
+        assert not hasattr(model, "llmq_acceleration")
+        texts.append(model.generate(input_ids=ids, max_new_tokens=6, do_sample=False))
+    assert_equal(texts[1], texts[0], "what is written")
+
+
 def test_lists_of_layers_in_configurations() -> None:
     made = families.make("qwen2-moe")
     config = copy.deepcopy(made.config)
@@ -240,6 +255,12 @@ def test_refuses_what_it_cannot_do() -> None:
     assert_raises(lambda: run(skip=skip), ValueError, "leaves 3 of 5 blocks, but the first and")
     assert (str(model), model.config.to_dict()) == before
     assert not hasattr(model, "llmq_report")
+    gpt2 = deep("gpt2")
+    gpt2.config.scale_attn_by_inverse_layer_idx = True
+    assert_raises(
+        lambda: llmq.prune(gpt2, 0.4, pattern="layers", data=ids),
+        ValueError, "GPT2LMHeadModel divides attention by a layer's place",
+    )  # fmt: skip
     plain = nn.Sequential(nn.Linear(4, 4))
     assert_raises(
         lambda: llmq.prune(plain, 0.5, pattern="layers", data=[torch.ones(1, 4)]),

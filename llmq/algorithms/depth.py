@@ -17,7 +17,7 @@ from torch import nn
 
 from llmq.algorithms.blockwise import still
 from llmq.algorithms.calibration import Call, stages
-from llmq.integrations.transformers import configs
+from llmq.integrations.transformers import configs, restore
 from llmq.report import ModelReport
 from llmq.walk import matches
 
@@ -73,8 +73,13 @@ def lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Return the model's lists of layers by name: those whose length a configuration tells.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or a layer's place is part of what it computes.
     """
+    if any(getattr(config, "scale_attn_by_inverse_layer_idx", False) for config in configs(model)):
+        raise ValueError(
+            f"{type(model).__name__} divides attention by a layer's place "
+            f"(scale_attn_by_inverse_layer_idx), which would change if others went"
+        )
     counts = {getattr(config, name, None) for config in configs(model) for name in _COUNTS}
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -123,8 +128,10 @@ def keep(model: nn.Module, kept: dict[str, list[int]]) -> None:
     """Leave the blocks of these indices in the lists of these names, in place.
 
     Configurations, places in caches, and what llmq notes of modules by name follow. Lists of one
-    length keep as many each.
+    length keep as many each. What `accelerate` did is undone: it knew each layer's place.
     """
+    if hasattr(model, "llmq_acceleration"):
+        restore(model)
     renamed: dict[str, str | None] = {}  # blocks, as they are called until now; None for gone
     counts: dict[int, int] = {}
     entries: list[tuple[Any, str, Any]] = []
