@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from llmq.algorithms import low_rank, magnitude
+from llmq.algorithms.rounding import ROUNDINGS
+from llmq.algorithms.scaling import SCALINGS
 from llmq.nn import LowRankLinear, QuantLinear, SparseLinear, linear_weight
 from llmq.scheme import PRESETS, Pattern, Scheme, resolve_scheme
 
@@ -26,17 +28,33 @@ _SECONDS = 0.2  # of measuring a layer, in all rounds
 
 
 class Format(NamedTuple):
-    """What a format's name says: `scheme` of the values, None for floating point; and what of the
-    weight there is: all but a share that is `sparse`, or factors with a share of its numbers.
+    """What a format's name says: `scheme` of the values, None for floating point; what of the
+    weight there is: all but a share that is `sparse`, or factors with a share of its numbers; and
+    how codes are found, by a `scaling` of the inputs, if any, and a `rounding`.
     """
 
     scheme: Scheme | None
     sparse: float = 0.0
     low_rank: float = 0.0
+    scaling: str | None = None
+    rounding: str = "rtn"
+
+    @property
+    def algorithm(self) -> str:
+        """As `llmq.quantize` takes it."""
+        if self.scaling is None:
+            return self.rounding
+        return self.scaling if self.rounding == "rtn" else f"{self.scaling}+{self.rounding}"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether codes are found with data."""
+        return self.algorithm != "rtn"
 
 
 def parse(name: str) -> Format:
-    """Read a scheme's name, `"sparse N % SCHEME"` or `"low-rank N % SCHEME"`, or `… float`.
+    """Read a scheme's name, alone or with an algorithm of `llmq.quantize` (`"w4a16-g32 gptq"`), or
+    `"sparse N % SCHEME"` or `"low-rank N % SCHEME"`, or `… float`.
 
     Raises:
         ValueError: if it is none of these.
@@ -44,6 +62,9 @@ def parse(name: str) -> Format:
     words = name.split()
     if len(words) < 2:
         return Format(resolve_scheme(name))
+    if len(words) == 2:
+        scaling, how = _algorithm(words[1])
+        return Format(resolve_scheme(words[0]), scaling=scaling, rounding=how)
     kind, number, *rest = words
     if (
         kind not in ("sparse", "low-rank")
@@ -59,6 +80,18 @@ def parse(name: str) -> Format:
     scheme = None if rest[1] == "float" else resolve_scheme(rest[1])
     share = int(number) / 100
     return Format(scheme, low_rank=share) if kind == "low-rank" else Format(scheme, sparse=share)
+
+
+def _algorithm(name: str) -> tuple[str | None, str]:
+    parts = name.split("+")
+    scaling = parts.pop(0) if parts[0] in SCALINGS else None
+    how = parts.pop(0) if parts else "rtn"
+    if parts or how not in ROUNDINGS or (scaling is None and how == "rtn"):
+        raise ValueError(
+            f"unknown algorithm {name!r} of a format; there is clip, gptq, and "
+            f"{' or '.join(SCALINGS)}, alone or before one of those"
+        )
+    return scaling, how
 
 
 def fits(name: str, N: int, K: int) -> bool:
@@ -88,6 +121,8 @@ def make_layer(
     lose least for inputs of second `moments` [K, K], up to a factor (None: all inputs alike).
     """
     wanted = parse(name)
+    if wanted.calibrated:
+        raise ValueError(f"{name} needs the inputs of a layer; llmq.quantize and llmq.plan make it")
     weight = linear_weight(linear)[0]
     if wanted.low_rank:
         rank = low_rank.rank_of(weight.shape[0], weight.shape[1], wanted.low_rank)
@@ -179,7 +214,8 @@ def seconds_a_call(
 
     Returns:
         Least seconds by format, and by `"float"` for `nn.Linear` in `dtype`: a choice should
-        not hang on what else the machine was doing, which medians of a busy one show.
+        not hang on what else the machine was doing, which medians of a busy one show. Many short
+        rounds: where a busy Xeon gave 21 of 10 ms, leasts of one format differed by half.
     """
     with torch.random.fork_rng(devices=[]):  # whoever asks has drawn no numbers
         dense = nn.Linear(K, N, bias=False, device=device, dtype=dtype)
@@ -187,4 +223,4 @@ def seconds_a_call(
     count = max(1, min(layers, int(_ROTATED / max(dense.weight.nbytes, 1))))
     with torch.inference_mode():
         calls = {name: caller(rotating(dense, name, count), x) for name in ("float", *names)}
-        return time_interleaved(calls, rounds=21, pick=min)
+        return time_interleaved(calls, rounds=81, pick=min)

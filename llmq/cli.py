@@ -61,7 +61,10 @@ def _parser() -> argparse.ArgumentParser:
         help="of pruning: uniform, or sensitivity for more where it matters less",
     )
     compress.add_argument(
-        "--calibrate", type=Path, metavar="FILE", help="text that algorithm and method see"
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="text that algorithm and method see, or those that a bound chooses among",
     )
     compress.add_argument(
         "--windows", type=int, default=32, help="of 512 tokens of that text, evenly from all of it"
@@ -157,6 +160,7 @@ def _compress(args: argparse.Namespace) -> None:
         teacher = copy.deepcopy(model)
     prunes: dict[str, Any] = {"method": args.method, "allocation": args.allocation}
     quantizes: dict[str, Any] = {"algorithm": args.algorithm}
+    plans: dict[str, Any] = {}
     if args.calibrate is not None:
         windows = _windows(args.calibrate, tokenizer, args.windows)
         measures = args.pattern == "layers" or args.allocation == "sensitivity"
@@ -166,10 +170,12 @@ def _compress(args: argparse.Namespace) -> None:
                 prunes["resume"] = keep("prune")
         if args.algorithm != "rtn":
             quantizes |= {"data": windows, "resume": keep("quantize")}
-        if not ("data" in prunes and args.prune is not None) and "data" not in quantizes:
+        if planned:
+            plans["calibration"] = windows
+        elif not ("data" in prunes and args.prune is not None) and "data" not in quantizes:
             raise ValueError(
-                "--calibrate goes with --algorithm, or with --prune and --method, --allocation or "
-                "--pattern layers"
+                "--calibrate goes with --algorithm, with --prune and --method, --allocation or "
+                "--pattern layers, or with a bound to choose by"
             )
     if args.prune is not None:
         llmq.prune(model, args.prune, pattern=args.pattern, skip=skip, **prunes)
@@ -182,6 +188,7 @@ def _compress(args: argparse.Namespace) -> None:
             max_perplexity_increase=increase,
             skip=skip,
             resume=keep("plan.json"),
+            **plans,
         )
         print(plan, file=sys.stderr)
         plan.apply(model)

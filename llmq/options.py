@@ -1,7 +1,4 @@
-"""What each format would cost and lose in each part of a model, and the choice of least cost.
-
-A multiple-choice knapsack: one format a unit, least Σ cost with Σ KL within a budget.
-"""
+"""What each format would cost and lose in each part of a model, measured and kept in a file."""
 
 from __future__ import annotations
 
@@ -20,12 +17,14 @@ from tqdm.auto import tqdm
 
 from llmq import dispatch
 from llmq.candidates import fits, make_layer, parse, seconds_a_call
+from llmq.coded import Coded
 from llmq.nn import LowRankLinear, QuantLinear, SparseLinear, linear_weight
 from llmq.sensitivity import Sensitivity, Unit
+from llmq.walk import Target
 
 FLOAT = "float"  # left alone
+EIGHT_BITS = "8 bits"  # whichever format of 8 bits is fastest
 Minimize = Literal["both", "time", "bytes"]
-_STEPS = 1 << 14  # of the budget that `solve` tells apart
 _LEAST = 1e-9  # KL of whatever is not left alone: rounding makes it 0 or less
 
 
@@ -34,15 +33,15 @@ class Option:
     """One format for one unit: what it costs and what it loses.
 
     Args:
-        format: a scheme's name, `"sparse N % <scheme>"` or `"float"`.
+        format: as `candidates.parse` reads it, or `"float"`.
         kl: of the whole model's output with this unit alone in that format, in nats a token.
-        seconds: of the unit's layers in one pass of the model.
+        seconds: of the unit's layers in one pass of the model, for each count of tokens.
         bytes: of the unit's layers in a checkpoint.
     """
 
     format: str
     kl: float
-    seconds: float
+    seconds: tuple[float, ...]
     bytes: int
 
 
@@ -50,62 +49,98 @@ def measure(
     sensitivity: Sensitivity,
     units: list[Unit],
     formats: tuple[str, ...],
-    tokens: int,
+    tokens: tuple[int, ...],
     kept: Measured,
     moments: Moments,
+    coded: Coded,
 ) -> list[list[Option]]:
     """Return the options of each unit; the first is to leave it alone.
 
     Args:
         sensitivity: of the model that the units are of.
         units: of `sensitivity.units`.
-        formats: to choose among; those that do not fit a unit's shapes are left out.
-        tokens: that a call is timed for.
-        kept: KL and times measured before.
+        formats: to choose among; those that do not fit a unit are left out.
+        tokens: that calls are timed for.
+        kept: what was measured before.
         moments: of the inputs of each unit, where there are any.
+        coded: units in the formats that need data.
     """
-    shapes = [(*linear_weight(t.module)[0].shape,) for unit in units for t in unit.targets]
-    layers = Counter(shapes)
+    times = _times(units, formats, tokens, kept)
     options: list[list[Option]] = []
     with tqdm(units, desc="plan", unit="unit", delay=1, leave=False) as progress:
-        for unit in progress:
-            weights = [linear_weight(t.module)[0] for t in unit.targets]
-            fitting = tuple(f for f in formats if _fit(unit, f, weights))
-            times = Counter[str]()
-            for weight in weights:
-                N, K = weight.shape
-                found = kept.seconds(
-                    N, K, fitting, tokens, weight.dtype, weight.device, layers[N, K]
-                )
-                times.update({name: unit.calls * seconds for name, seconds in found.items()})
+        for unit, seconds in zip(progress, times, strict=True):
             size = sum(_float_bytes(t.module) for t in unit.distinct())
-            row = [Option(FLOAT, 0.0, times[FLOAT], size)]
-            for name in fitting if unit.calls else ():
-                made = unit_layers(unit, name, moments)
+            row = [Option(FLOAT, 0.0, seconds[FLOAT], size)]
+            for name in formats if unit.calls else ():
+                if not _fit(unit, name) or (parse(name).calibrated and not coded.get(unit, name)):
+                    continue
+                made = replacement(unit, name, moments, coded)
                 kl = kept.get(unit, name)
                 if kl is None:
-                    kl = sensitivity.kl(made, unit.targets)
+                    kl = sensitivity.kl(*parted(made))
                     kept.put(unit, name, kl)
                 if math.isfinite(kl):
-                    after = sum(_bytes(made[target.name]) for target in unit.distinct())
-                    row.append(Option(name, max(kl, _LEAST), times[name], after))
+                    own = {target.name: layer for target, layer in made}
+                    after = sum(_bytes(own[target.name]) for target in unit.distinct())
+                    row.append(Option(name, max(kl, _LEAST), seconds[timed_as(name)], after))
             options.append(row)
     return options
+
+
+def _times(
+    units: list[Unit], formats: tuple[str, ...], tokens: tuple[int, ...], kept: Measured
+) -> list[dict[str, tuple[float, ...]]]:
+    """Return the seconds of each unit in each format that fits it, by count of tokens."""
+    layers = Counter(tuple(linear_weight(t.module)[0].shape) for u in units for t in u.targets)
+    times: list[dict[str, tuple[float, ...]]] = []
+    for unit in units:
+        fitting = tuple(dict.fromkeys(timed_as(f) for f in formats if _fit(unit, f)))
+        sums = [Counter[str]() for _ in tokens]
+        for target in unit.targets:
+            weight = linear_weight(target.module)[0]
+            N, K = weight.shape
+            for M, total in zip(tokens, sums, strict=True):
+                found = kept.seconds(weight, fitting, M, layers[N, K])
+                total.update({name: unit.calls * seconds for name, seconds in found.items()})
+        times.append({name: tuple(total[name] for total in sums) for name in (FLOAT, *fitting)})
+    return times
+
+
+def timed_as(name: str) -> str:
+    """Return the format that takes as long as `name`: how codes were found costs no time."""
+    return name.split()[0] if name != FLOAT and parse(name).calibrated else name
 
 
 Moments = dict[str, Tensor]  # Σ xᵀx of a unit's inputs [K, K], by the unit's name
 
 
-def _fit(unit: Unit, name: str, weights: list[Tensor]) -> bool:
-    # Factors of a weight that several layers share would have to be shared too.
-    shared = parse(name).low_rank and len(unit.distinct()) < len(unit.targets)
-    return not shared and all(fits(name, *weight.shape) for weight in weights)
+def _fit(unit: Unit, name: str) -> bool:
+    wanted = parse(name)
+    # Factors of a weight that several layers share would have to be shared too, and its codes.
+    if (wanted.low_rank or wanted.calibrated) and len(unit.distinct()) < len(unit.targets):
+        return False
+    return all(fits(name, *linear_weight(target.module)[0].shape) for target in unit.targets)
 
 
 def unit_layers(unit: Unit, name: str, moments: Moments) -> dict[str, nn.Module]:
     """Return the unit's layers in format `name`, by target."""
     own = moments.get(unit.name)
     return {target.name: make_layer(target.module, name, own) for target in unit.targets}
+
+
+def replacement(
+    unit: Unit, name: str, moments: Moments, coded: Coded
+) -> list[tuple[Target, nn.Module]]:
+    """Return what a unit in format `name` consists of, with what each replaces."""
+    if parse(name).calibrated:
+        return coded.replacement(unit, name)
+    layers = unit_layers(unit, name, moments)
+    return [(target, layers[target.name]) for target in unit.targets]
+
+
+def parted(made: list[tuple[Target, nn.Module]]) -> tuple[dict[str, nn.Module], list[Target]]:
+    """Return replacements as layers by name, and the targets that they replace."""
+    return {target.name: layer for target, layer in made}, [target for target, _ in made]
 
 
 def _bytes(layer: nn.Module) -> int:
@@ -118,109 +153,124 @@ def _float_bytes(module: nn.Module) -> int:
 
 
 def costs(options: list[list[Option]], minimize: Minimize) -> list[list[float]]:
-    """Return the cost of each option: time, bytes or both, as shares of the original's."""
-    seconds = max(sum(row[0].seconds for row in options), 1e-30)
+    """Return the cost of each option: time, bytes or both, as shares of the original's.
+
+    Time is the mean of the shares for each count of tokens.
+    """
+    totals = [max(total, 1e-30) for total in total_seconds([row[0] for row in options])]
     size = max(sum(row[0].bytes for row in options), 1)
     by_time, by_size = minimize != "bytes", minimize != "time"
-    return [
-        [by_time * option.seconds / seconds + by_size * option.bytes / size for option in row]
-        for row in options
-    ]
+
+    def cost(option: Option) -> float:
+        shares = [s / total for s, total in zip(option.seconds, totals, strict=True)]
+        return by_time * sum(shares) / max(len(shares), 1) + by_size * option.bytes / size
+
+    return [[cost(option) for option in row] for row in options]
 
 
-def solve(options: list[list[Option]], costs: list[list[float]], budget: float) -> list[int]:
-    """Choose one option a unit, of least Σ cost with Σ KL within `budget`.
+def total_seconds(options: list[Option]) -> list[float]:
+    """Return the seconds of all options together, for each count of tokens."""
+    return [sum(each) for each in zip(*(option.seconds for option in options), strict=True)]
 
-    By dynamic programming over the budget in 2¹⁴ steps (Kellerer, Pferschy and Pisinger, Knapsack
-    Problems, 2004, section 11.5), each KL rounded up to a step: no choice whose KL is a step a unit
-    within the budget costs less. Every first option has KL 0, so there is always a choice.
+
+def uniform_seconds(options: list[list[Option]], name: str) -> list[float]:
+    """Return the seconds of all units in format `name`, or as they are where it does not fit.
+
+    Args:
+        options: of each unit.
+        name: of a format, or `EIGHT_BITS` for the one that is fastest by its mean share of the
+            original's time.
+
+    Returns:
+        By count of tokens; those of the original if no format has 8 bits.
     """
-    if budget == math.inf:
-        return [cost.index(min(cost)) for cost in costs]
-    least = torch.zeros(_STEPS + 1, dtype=torch.float64)  # cost of the units so far, by steps spent
-    picked = []
-    for row, cost in zip(options, costs, strict=True):
-        totals = torch.full((len(row), _STEPS + 1), math.inf, dtype=torch.float64)
-        for i, option in enumerate(row):
-            steps = _steps(option, budget)
-            if steps <= _STEPS:
-                totals[i, steps:] = least[: _STEPS + 1 - steps] + cost[i]
-        least, pick = totals.min(0)
-        picked.append(pick)
-    left, choice = _STEPS, []
-    for row, pick in zip(reversed(options), reversed(picked), strict=True):
-        choice.append(int(pick[left]))
-        left -= _steps(row[choice[-1]], budget)
-    return choice[::-1]
 
+    def total(wanted: str) -> list[float]:
+        rows = [{timed_as(o.format): o for o in row} for row in options]
+        return total_seconds([row.get(wanted, row[FLOAT]) for row in rows])
 
-def _steps(option: Option, budget: float) -> int:
-    if option.kl <= 0:
-        return 0
-    return math.ceil(min(option.kl / budget, 2.0) * _STEPS) if budget > 0 else _STEPS + 1
+    if name != EIGHT_BITS:
+        return total(timed_as(name))
+    before = total(FLOAT)
+    named = {timed_as(option.format) for row in options for option in row} - {FLOAT}
+    eight = [n for n in sorted(named) if (s := parse(n)).scheme and s.scheme.bits == 8]
+    dense = [total(n) for n in eight if not parse(n).sparse and not parse(n).low_rank]
+    return min(
+        dense,
+        key=lambda found: sum(f / max(b, 1e-30) for f, b in zip(found, before, strict=True)),
+        default=before,
+    )
 
 
 class Measured:
-    """KL by unit and format, and times, in a file that an interrupted plan goes on from.
+    """KL by unit and format, and seconds by shape, in a file that a plan goes on from.
 
-    Times too, as those of another minute might make another plan than the one that was interrupted.
+    Args:
+        file: to keep them in, or None.
+        key: `fingerprint` of the model and the text that KL is measured on.
+        run: `fingerprint` of the model and the data that formats are calibrated on.
     """
 
-    def __init__(
-        self,
-        file: str | os.PathLike[str] | None,
-        model: nn.Module,
-        batch: Any,
-        units: list[Unit],
-    ) -> None:
+    def __init__(self, file: str | os.PathLike[str] | None, key: str, run: str = "") -> None:
         self.file = None if file is None else Path(file)
-        self.values: dict[str, float] = {}
-        self.times: dict[str, dict[str, float]] = {}
-        self.key = ""
-        if self.file is None:
+        self.key, self.run = key, run
+        self.kl: dict[str, float] = {}
+        self.times: dict[str, float] = {}
+        if self.file is None or not self.file.exists():
             return
-        digest = hashlib.sha256()
-        for name, parameter in model.named_parameters():
-            total = float(parameter.detach().double().sum())
-            digest.update(f"{name} {list(parameter.shape)} {total}".encode())
-        _digest(batch, digest)
-        digest.update(" ".join(unit.name for unit in units).encode())
-        self.key = digest.hexdigest()
-        if self.file.exists():
-            try:
-                kept = json.loads(self.file.read_text())
-                key, self.values, self.times = kept["key"], kept["kl"], kept["seconds"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.file} holds no measurements of a plan") from error
-            if key != self.key:
-                raise ValueError(
-                    f"{self.file} was measured for another model or other data; delete it or name "
-                    f"another file"
-                )
+        try:
+            kept = json.loads(self.file.read_text())
+            key, self.kl, self.times = kept["key"], kept["kl"], kept.get("seconds", {})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.file} holds no measurements of a plan") from error
+        if key != self.key:
+            raise ValueError(
+                f"{self.file} was measured for another model or other data; delete it or name "
+                f"another file"
+            )
 
     def get(self, unit: Unit, name: str) -> float | None:
-        return self.values.get(f"{unit.name} {name}")
+        return self.kl.get(self._name(unit, name))
 
     def put(self, unit: Unit, name: str, kl: float) -> None:
-        self.values[f"{unit.name} {name}"] = kl
+        self.kl[self._name(unit, name)] = kl
         self._write()
 
-    def seconds(self, *call: Any) -> dict[str, float]:
-        """Return `seconds_a_call(*call)`, as measured before on such a CPU with as many threads."""
-        if self.file is None:
-            return seconds_a_call(*call)
-        name = " ".join(map(str, (dispatch.cpu_isa(), torch.get_num_threads(), *call)))
-        if name not in self.times:
-            self.times[name] = seconds_a_call(*call)
+    def seconds(
+        self, weight: Tensor, names: tuple[str, ...], M: int, layers: int
+    ) -> dict[str, float]:
+        """Return `seconds_a_call` of layers like `weight` [N, K], measured unless it is kept."""
+        (N, K), dtype, device = weight.shape, weight.dtype, weight.device
+        threads = torch.get_num_threads() if device.type == "cpu" else 0
+        where = f"{device.type} {dispatch.cpu_isa()} {threads}"
+        prefix = f"{N}x{K} {M} {dtype} {where} {layers}: "
+        if any(prefix + name not in self.times for name in (FLOAT, *names)):
+            found = seconds_a_call(N, K, names, M, dtype, device, layers)
+            self.times.update({prefix + name: seconds for name, seconds in found.items()})
             self._write()
-        return self.times[name]
+        return {name: self.times[prefix + name] for name in (FLOAT, *names)}
+
+    def _name(self, unit: Unit, name: str) -> str:
+        calibrated = self.run and parse(name).calibrated
+        return f"{unit.name} {name}" + (f" {self.run[:16]}" if calibrated else "")
 
     def _write(self) -> None:
         if self.file is not None:
-            kept = {"key": self.key, "kl": self.values, "seconds": self.times}
             partial = self.file.with_suffix(".partial")
+            kept = {"key": self.key, "kl": self.kl, "seconds": self.times}
             partial.write_text(json.dumps(kept))
             os.replace(partial, self.file)
+
+
+def fingerprint(model: nn.Module, data: Any, units: list[Unit]) -> str:
+    """Return what tells a model, data and units from others."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        total = float(parameter.detach().double().sum())
+        digest.update(f"{name} {list(parameter.shape)} {total}".encode())
+    _digest(data, digest)
+    digest.update(" ".join(unit.name for unit in units).encode())
+    return digest.hexdigest()
 
 
 def _digest(value: Any, digest: Any) -> None:

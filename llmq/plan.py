@@ -1,9 +1,10 @@
 """The verb `plan`: measures which format each layer bears and what it gains, and chooses.
 
-Minimizes Σ cost(layer, format) with Σ KL(layer, format) under a budget (a multiple-choice knapsack,
-solved exactly), where each KL is that of the whole model's output with that layer alone
-compressed. Small changes add up nearly; how nearly is measured on the whole choice, the budget
-follows, and text that had no part in the choice decides.
+Minimizes Σ cost(layer, format) with Σ KL(layer, format) under a budget (a multiple-choice knapsack)
+and Σ time(layer, format) no more than the fastest 8-bit format takes for all layers, to decode and
+to read a prompt. Each KL is that of the whole model's output with that layer alone compressed.
+Small changes add up nearly; how nearly is measured on the whole choice, the budget follows, and
+text that had no part in the choice decides, by the upper end of its confidence interval.
 """
 
 from __future__ import annotations
@@ -12,47 +13,55 @@ import glob
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from llmq.calibrate import calls_of
 from llmq.candidates import make_layer, parse
+from llmq.choice import choose, solve_within
+from llmq.coded import Coded, Made
 from llmq.evaluate import WINDOW, batches_of
-from llmq.nn import CompressedLayer, linear_weight
+from llmq.nn import CompressedLayer, QuantLinear, linear_weight
 from llmq.options import (
+    EIGHT_BITS,
     FLOAT,
     Measured,
     Minimize,
     Moments,
     Option,
     costs,
+    fingerprint,
     measure,
-    solve,
-    unit_layers,
+    parted,
+    replacement,
+    total_seconds,
+    uniform_seconds,
 )
 from llmq.prune import prune
 from llmq.quantize import quantize
 from llmq.report import Change, attach, relative_error
-from llmq.sensitivity import Distance, Sensitivity, Unit, distance, input_moments
+from llmq.sensitivity import Distance, Sensitivity, Unit, input_moments
 from llmq.walk import Found, Target, check_weight, find, swap
 
-FORMATS = (
-    "w8a8",
-    "w8a8-g64",
-    "w8a16",
-    "w4a8-g32",
-    "w4a16-g32",
-    "w4a16-quantile-g32",
-    "sparse 50 % w8a8",
+# What `accelerate` takes into one op a decoder layer; quantile and sparse formats it does not.
+FORMATS = ("w8a8", "w8a8-g64", "w8a16", "w4a8-g32", "w4a16-g32")
+# And what data can make of them.
+CALIBRATED = (
+    "w8a8 smoothquant",  # 8-bit weights lose next to nothing, so that GPTQ would win little
+    "w4a8-g32 gptq",
+    "w4a8-g64 gptq",
+    "w4a16-g32 gptq",
+    "w4a16-g64 gptq",
 )
+TOKENS = (1, 512)  # decoding, and a prompt
 _PROBE = 256  # tokens that single layers are measured on; every format of every layer runs them
 _FIT = 2048  # tokens that whole choices are measured on
-_ROUNDS = 8  # whole choices tried on those
-_MARGIN = 0.95  # of the bound, aimed at
+_TIE = 1.03  # times of the same layer differ by as much from one measurement to the next
 
 
 @dataclass(frozen=True)
@@ -74,17 +83,23 @@ class Plan:
         choices: one a unit, in the order in which the model runs them.
         bound: what must hold: `"KL"` or `"perplexity"`, and the number.
         measured: on text that had no part in the choice; None if everything was left alone.
-        tokens: of each call whose time was measured.
+        tokens: of the calls whose time was measured.
         tries: whole choices that were measured, the last of which held.
+        limits: seconds that the layers were to take at most in one pass, for each of `tokens`.
+        validated: what `measured` is, on each further text.
+        coded: what data made of the units that become calibrated formats, by title.
     """
 
     choices: list[Choice]
     bound: tuple[str, float]
     measured: Distance | None
-    tokens: int
+    tokens: tuple[int, ...]
     tries: int
     skipped: list[str] = field(default_factory=list)
+    limits: tuple[float, ...] = ()
+    validated: dict[str, Distance] = field(default_factory=dict)
     moments: Moments = field(default_factory=dict, repr=False)  # of units that become low-rank
+    coded: dict[str, Made] = field(default_factory=dict, repr=False)
 
     @property
     def bytes_before(self) -> int:
@@ -97,14 +112,14 @@ class Plan:
         return sum(choice.option.bytes for choice in self.choices)
 
     @property
-    def seconds_before(self) -> float:
-        """Seconds of the layers in one pass of the model, as they are."""
-        return sum(choice.before.seconds for choice in self.choices)
+    def seconds_before(self) -> tuple[float, ...]:
+        """Seconds of the layers in one pass of the model as they are, for each of `tokens`."""
+        return tuple(total_seconds([choice.before for choice in self.choices]))
 
     @property
-    def seconds_after(self) -> float:
-        """Seconds of the layers in one pass of the model, as chosen."""
-        return sum(choice.option.seconds for choice in self.choices)
+    def seconds_after(self) -> tuple[float, ...]:
+        """Seconds of the layers in one pass of the model as chosen, for each of `tokens`."""
+        return tuple(total_seconds([choice.option for choice in self.choices]))
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Compress `model` in place as planned and return it; its report is attached.
@@ -149,6 +164,9 @@ class Plan:
                 self._factor(model, name, {n: present[n] for n in sorted(taken)})
                 factored |= taken
                 continue
+            if wanted.calibrated:
+                self._place(model, name, present)
+                continue
             # As shell patterns, which name one layer and nothing inside or outside of it.
             skip = tuple(f"[{n[0]}]{glob.escape(n[1:])}" for n in present.keys() - taken)
             skip += tuple(f"[{n[0]}]{glob.escape(n[1:])}.*" for n in factored)
@@ -162,12 +180,31 @@ class Plan:
         changes: dict[str, Change] = {}
         for name, target in targets.items():
             layer = make_layer(target.module, format_, self.moments[titles[name]])
-            weight, bias = linear_weight(target.module)
-            size = sum(t.numel() * t.element_size() for t in (weight, bias) if t is not None)
+            weight, size = linear_weight(target.module)[0], _size(target.module)
             swap(model, Found(), [(target, layer)])
             error = relative_error(weight, layer.dequantize())
             changes[f"{name}.down"] = Change("low-rank", None, 0)
             changes[f"{name}.up"] = Change("low-rank", error, size)
+        attach(model, changes, {})
+
+    def _place(self, model: nn.Module, format_: str, present: dict[str, Target]) -> None:
+        scheme = parse(format_).scheme
+        assert scheme is not None
+        changes: dict[str, Change] = {}
+        for choice in self.choices:
+            if choice.option.format != format_:
+                continue
+            made = self.coded[choice.title]
+            replaced = made.replacement(model, scheme, [present[name] for name in choice.names])
+            for target, layer in replaced:
+                if isinstance(layer, QuantLinear):
+                    weight, bias = linear_weight(target.module)
+                    size = sum(
+                        t.numel() * t.element_size() for t in (weight, bias) if t is not None
+                    )
+                    error = relative_error(weight, made.unscaled(layer.dequantize()))
+                    changes[target.name] = Change(target.kind, error, size)
+            swap(model, Found(), replaced)
         attach(model, changes, {})
 
     def to_json(self) -> str:
@@ -176,8 +213,8 @@ class Plan:
             name: getattr(self, name)
             for name in ("bytes_before", "bytes_after", "seconds_before", "seconds_after")
         }
-        kept = asdict(replace(self, moments={}))
-        del kept["moments"]
+        kept = asdict(replace(self, moments={}, coded={}))
+        del kept["moments"], kept["coded"]
         return json.dumps({**kept, **totals}, indent=1)
 
     def __str__(self) -> str:
@@ -189,8 +226,8 @@ class Plan:
                     choice.title,
                     option.format,
                     f"{option.kl:.5f}",
-                    f"{1e6 * option.seconds:.1f}",
-                    f"{1e6 * before.seconds:.1f}",
+                    _micro(option.seconds),
+                    _micro(before.seconds),
                     f"{option.bytes / max(before.bytes, 1):.3f}",
                     choice.reason,
                 )
@@ -204,21 +241,32 @@ class Plan:
         lines.append(
             f"{len(self.choices)} units: {self.bytes_before / 1e6:.1f} MB -> "
             f"{self.bytes_after / 1e6:.1f} MB "
-            f"({self.bytes_after / max(self.bytes_before, 1):.3f}), "
-            f"{1e6 * self.seconds_before:.0f} us -> {1e6 * self.seconds_after:.0f} us for "
-            f"{self.tokens} token{'s' if self.tokens > 1 else ''} through all of them"
+            f"({self.bytes_after / max(self.bytes_before, 1):.3f})"
         )
-        if self.measured is not None:
-            found = self.measured
-            kl: Any = found.intervals.get("kl", found.kl)
-            rise: Any = found.intervals.get("nll", found.nll)
-            loss = "" if found.nll is None else f", nll {rise:+.5f}"
+        parts = zip(self.tokens, self.seconds_before, self.seconds_after, strict=True)
+        for i, (M, before_, after) in enumerate(parts):
+            limit_ = f", at most {1e6 * self.limits[i]:.0f} asked" if self.limits else ""
             lines.append(
-                f"held-out text: KL {kl:.5f}{loss} over {found.tokens} tokens; bound: {kind} "
-                f"{limit:g}; {self.tries} choices tried"
+                f"{M} token{'s' if M > 1 else ''} through all of them: {1e6 * before_:.0f} us -> "
+                f"{1e6 * after:.0f} us{limit_}"
             )
+        if self.measured is not None:
+            for name, found in {"held-out text": self.measured, **self.validated}.items():
+                kl: Any = found.intervals.get("kl", found.kl)
+                rise: Any = found.intervals.get("nll", found.nll)
+                loss = "" if found.nll is None else f", nll {rise:+.5f}"
+                lines.append(f"{name}: KL {kl:.5f}{loss} over {found.tokens} tokens")
+            lines.append(f"bound: {kind} {limit:g}; {self.tries} choices tried")
         lines += [f"left alone: {name}" for name in self.skipped]
         return "\n".join(lines)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in linear_weight(module) if t is not None)
+
+
+def _micro(seconds: tuple[float, ...]) -> str:
+    return " ".join(f"{1e6 * each:.0f}" for each in seconds)
 
 
 def plan(
@@ -229,15 +277,19 @@ def plan(
     max_perplexity_increase: float | None = None,
     device: torch.device | str | None = None,
     minimize: Minimize = "both",
-    formats: Sequence[str] = FORMATS,
-    tokens: int = 1,
+    formats: Sequence[str] | None = None,
+    tokens: int | Sequence[int] = TOKENS,
+    no_slower_than: str | None = EIGHT_BITS,
+    calibration: Any = None,
+    validation: Any = None,
     skip: tuple[str, ...] | None = None,
     resume: str | os.PathLike[str] | None = None,
 ) -> Plan:
     """Choose a format for each linear layer of `model`, which stays as it is.
 
     Layers that share an input (q/k/v, gate/up) get one format. Formats round to nearest and prune
-    by magnitude; factors are those that lose least for the data's inputs.
+    by magnitude unless they name an algorithm; factors are those that lose least for the data's
+    inputs. What data made of the layers is kept in the plan, so that `apply` needs none.
 
     Args:
         model: a language model or classifier, not compressed yet.
@@ -249,14 +301,29 @@ def plan(
         device: where to measure; None for where the model is.
         minimize: `"time"` (of one call of each layer), `"bytes"` of a checkpoint, or the sum of
             `"both"` as shares of the original's.
-        formats: names of schemes, `"sparse N % SCHEME"` or `"low-rank N % SCHEME"` (factors with N
-            % of the weight's numbers), or `… float`, among which to choose.
-        tokens: that a call is timed for; 1 for decoding.
+        formats: names of schemes, alone or with an algorithm (`"w4a16-g32 gptq"`, `"w8a8
+            smoothquant"`), `"sparse N % SCHEME"` or `"low-rank N % SCHEME"` (factors with N % of
+            the weight's numbers), or `… float`, among which to choose. None for `FORMATS`, and
+            `CALIBRATED` where there is `calibration`.
+        tokens: one count or several that calls are timed for; 1 for decoding, more for prompts.
+            With several, time is the mean of the shares of the original's.
+        no_slower_than: one of the formats, `"float"`, or the default `"8 bits"` for the one of 8
+            bits that is fastest if all layers are in it: for none of `tokens` are the layers to
+            take over 3 % longer than they would so, which is what timing cannot tell apart. None
+            sets no limit. Where the bound leaves no such choice, the bound comes first: compare
+            `seconds_after` and `limits`.
+        calibration: data for the algorithms, in any form that `llmq.quantize` takes; None for the
+            first half of `data`. Scales are folded into norms only. Each layer is coded for the
+            inputs that the original gives it, a block at a time in memory.
+        validation: further text that the bound must hold on, as `data`, or several as a dict by
+            name: text of another kind than `data` may lose more.
         skip: layers to leave alone, as in `llmq.quantize`.
-        resume: a file that keeps what is measured, from which an interrupted plan goes on.
+        resume: a file that keeps what is measured, from which an interrupted plan goes on; layers
+            that are calibrated are kept in the folder of its name and `.coded`, else in memory.
 
     Returns:
-        A plan whose bound held on the second half of the data.
+        A plan whose bound held on the second half of the data and on each text of `validation`, at
+        the upper end of the 95 % interval over windows; the mean where there is one window only.
 
     Raises:
         ValueError: if a bound or format is unusable, the data is too short, a layer is compressed
@@ -270,37 +337,96 @@ def plan(
     bound = _bound(max_kl, max_perplexity_increase)
     if minimize not in ("both", "time", "bytes"):
         raise ValueError(f'minimize must be "both", "time" or "bytes", got {minimize!r}')
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise ValueError(f"tokens must be a positive integer, got {tokens!r}")
-    for name in formats:
-        parse(name)
+    counts = _counts(tokens)
+    if formats is None:
+        formats = FORMATS if calibration is None else FORMATS + CALIBRATED
+    wanted = [parse(name) for name in formats]
+    if no_slower_than not in (None, EIGHT_BITS, FLOAT, *formats):
+        raise ValueError(
+            f'no_slower_than must be "{EIGHT_BITS}", "float", None or one of the formats, got '
+            f"{no_slower_than!r}"
+        )
     found = find(model, skip, embeddings=False)
     for group in found.groups:
         for target in group:
             _check(target)
     probe, fit, held = _split(data)
+    texts = {"": held, **_texts(validation)}
     home = next(model.parameters()).device
     if device is not None:
         model.to(device)
     try:
         sensitivity = Sensitivity(model, probe)
         units = sensitivity.units(found.groups)
-        kept = Measured(resume, model, probe, units)
-        factored = any(parse(name).low_rank for name in formats)
+        coded = Coded(model)
+        if any(form.calibrated for form in wanted):
+            calls = calls_of(model, fit if calibration is None else calibration)
+            folder = None if resume is None else Path(f"{os.fspath(resume)}.coded")
+            coded = Coded(model, fingerprint(model, calls, units), folder)
+        key = "" if resume is None else fingerprint(model, probe, units)
+        kept = Measured(resume, key, coded.run)
+        if coded.run:
+            coded.calibrate(units, formats, calls)
+        factored = any(form.low_rank for form in wanted)
         moments = input_moments(model, fit, units) if factored else {}
-        options = measure(sensitivity, units, tuple(formats), tokens, kept, moments)
+        options = measure(sensitivity, units, tuple(formats), counts, kept, moments, coded)
         del sensitivity  # holds the logits and every block's output
-        choice, measured, tries = _choose(
-            model, units, options, fit, held, bound, minimize, moments
-        )
+        limits = [
+            _TIE * seconds
+            for seconds in (uniform_seconds(options, no_slower_than) if no_slower_than else ())
+        ]
+        cost = costs(options, minimize)
+
+        def solved(budget: float) -> list[int]:
+            return solve_within(options, cost, budget, limits)
+
+        def changed(choice: list[int]) -> tuple[dict[str, nn.Module], list[Target]]:
+            parts = zip(units, options, choice, strict=True)
+            made = (replacement(u, row[i].format, moments, coded) for u, row, i in parts if i)
+            return parted([pair for pairs in made for pair in pairs])
+
+        checked = choose(model, options, solved, changed, fit, texts, bound)
     finally:
         if device is not None:
             model.to(home)
-    cost = costs(options, minimize)
-    choices = [_reason(*parts) for parts in zip(units, options, cost, choice, strict=True)]
-    skipped = sorted(f"{name}: {why}" for name, why in found.reasons.items())
-    taken = {c.title: moments[c.title] for c in choices if c.option.format.startswith("low-rank")}
-    return Plan(choices, bound, measured, tokens, tries, skipped, taken)
+    chosen = [_reason(*parts) for parts in zip(units, options, cost, checked.choice, strict=True)]
+    chosen_units = list(zip(units, chosen, strict=True))
+    return Plan(
+        chosen,
+        bound,
+        checked.distances.pop("", None),
+        counts,
+        checked.tries,
+        sorted(f"{name}: {why}" for name, why in found.reasons.items()),
+        tuple(limits),
+        checked.distances,
+        {c.title: moments[c.title] for c in chosen if c.option.format.startswith("low-rank")},
+        {
+            choice.title: made
+            for unit, choice in chosen_units
+            if choice.option.format != FLOAT and parse(choice.option.format).calibrated
+            if (made := coded.get(unit, choice.option.format)) is not None
+        },
+    )
+
+
+def _counts(tokens: int | Sequence[int]) -> tuple[int, ...]:
+    counts = (tokens,) if isinstance(tokens, int) else tuple(tokens)
+    if not counts or any(isinstance(M, bool) or not isinstance(M, int) or M < 1 for M in counts):
+        raise ValueError(f"tokens must be a positive integer or several, got {tokens!r}")
+    return counts
+
+
+def _texts(validation: Any) -> dict[str, list[Any]]:
+    """Return the batches of each further text by its name."""
+    if validation is None:
+        return {}
+    named = validation if isinstance(validation, Mapping) else {"validation": validation}
+    texts = {str(name): list(batches_of(data)) for name, data in named.items()}
+    for name, batches in texts.items():
+        if not batches or not name:
+            raise ValueError(f"validation needs names and text, got {name!r} without")
+    return texts
 
 
 def _bound(max_kl: float | None, max_perplexity_increase: float | None) -> tuple[str, float]:
@@ -340,86 +466,6 @@ def _split(data: Any) -> tuple[Any, list[Any], list[Any]]:
     return probe, taken, held
 
 
-def _choose(
-    model: nn.Module,
-    units: list[Unit],
-    options: list[list[Option]],
-    fit: list[Any],
-    held: list[Any],
-    bound: tuple[str, float],
-    minimize: Minimize,
-    moments: Moments,
-) -> tuple[list[int], Distance | None, int]:
-    """Return the choice of the largest budget that keeps the bound as a whole, and its check."""
-    kind, given = bound
-    limit = given if kind == "KL" else math.log1p(given)
-    cost = costs(options, minimize)
-    tries = 0
-
-    def whole(choice: list[int], batches: list[Any]) -> Distance:
-        nonlocal tries
-        tries += 1
-        layers: dict[str, nn.Module] = {}
-        targets: list[Target] = []
-        for unit, row, i in zip(units, options, choice, strict=True):
-            if i:
-                layers.update(unit_layers(unit, row[i].format, moments))
-                targets += unit.targets
-        return distance(model, batches, layers, targets)
-
-    def loss(found: Distance) -> float:
-        if kind == "KL":
-            return found.kl
-        if found.nll is None:
-            raise ValueError("a bound on perplexity needs labels; give max_kl, or data with labels")
-        return found.nll
-
-    budget = _largest(options, cost, _MARGIN * limit, lambda choice: loss(whole(choice, fit)))
-    choice = solve(options, cost, budget)
-    while any(choice):
-        measured = whole(choice, held)
-        if loss(measured) <= limit:
-            return choice, measured, tries
-        # Held-out text is harder: back off by as much as it is past the bound, and a little more.
-        failed = choice
-        budget = min(budget, _spent(options, choice)) * 0.9 * limit / loss(measured)
-        while any(choice) and choice == failed:
-            choice, budget = solve(options, cost, budget), 0.9 * budget
-    return choice, None, tries
-
-
-def _largest(
-    options: list[list[Option]],
-    cost: list[list[float]],
-    limit: float,
-    loss: Callable[[list[int]], float],
-) -> float:
-    """Return a budget for Σ KL whose choice loses nearly `limit` as a whole, and not more."""
-    cheapest = solve(options, cost, math.inf)
-    low, high, budget = 0.0, math.inf, limit
-    with tqdm(total=_ROUNDS, desc="plan: whole", unit="choice", delay=1, leave=False) as progress:
-        for _ in range(_ROUNDS):
-            choice = solve(options, cost, budget)
-            if not any(choice):
-                break
-            found = loss(choice)
-            progress.update()
-            if found <= limit:
-                low = budget
-                if choice == cheapest or found > 0.9 * limit:
-                    break
-            else:
-                high = budget
-            budget *= min(limit / max(found, 1e-12), 4.0)
-            if not 1.02 * low < budget < 0.98 * high:
-                budget = (low + high) / 2 if high < math.inf else 2 * low
-    return low
-
-
-def _spent(options: list[list[Option]], choice: list[int]) -> float:
-    return sum(row[i].kl for row, i in zip(options, choice, strict=True))
-
-
 def _reason(unit: Unit, row: list[Option], cost: list[float], i: int) -> Choice:
     if not unit.calls:
         reason = "the data does not reach it"
@@ -429,6 +475,9 @@ def _reason(unit: Unit, row: list[Option], cost: list[float], i: int) -> Choice:
         reason = "costs least"
     else:
         cheaper = min((j for j in range(len(row)) if cost[j] < cost[i]), key=lambda j: row[j].kl)
-        reason = f"{row[cheaper].format} would lose {row[cheaper].kl:.5f}"
+        other = row[cheaper]
+        slower = any(a > b for a, b in zip(other.seconds, row[i].seconds, strict=True))
+        takes = f", take {_micro(other.seconds)} us" if slower else ""
+        reason = f"{other.format} would lose {other.kl:.5f}{takes}"
     names = tuple(target.name for target in unit.targets)
     return Choice(names, unit.name, row[0], row[i], reason)

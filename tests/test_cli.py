@@ -262,6 +262,10 @@ def test_compress_calibrates(
         status, _, err = run(capsys, "compress", original, "-o", tmp_path / "none", *options)
         assert status == 1 and message in err
         assert not (tmp_path / "none").exists()
+    bound = ("--max-kl", 0.05, "--text", text, "--tokens", 1100, *calibrated)
+    status, _, err = run(capsys, "compress", original, "-o", tmp_path / "planned", *bound)
+    assert status == 0 and "bound: KL 0.05" in err
+    assert "smoothquant" in err or "gptq" in err
     text_of_few = tmp_path / "few.txt"
     text_of_few.write_text("few words")
     few = ("--algorithm", "gptq", "--calibrate", text_of_few)

@@ -124,7 +124,9 @@ def test_a_plan_takes_factors_where_they_pay_and_a_checkpoint_keeps_them(
     model = copy.deepcopy(original)
     tokens = torch.randint(3, 128, (1024,), generator=generator(0))
     formats = ("low-rank 40 % w8a16", "w8a16", "w4a16-g32")
-    plan = llmq.plan(model, tokens, max_kl=0.01, minimize="bytes", formats=formats)
+    plan = llmq.plan(
+        model, tokens, max_kl=0.01, minimize="bytes", formats=formats, no_slower_than=None
+    )
     chosen = {c.option.format for c in plan.choices}
     assert "low-rank 40 % w8a16" in chosen
     plan.apply(model)

@@ -61,13 +61,13 @@ class Scaling:
             stats = known[fold.readers[0].name]
             if not stats.rows:
                 continue
-            scale = self._choose(fold, stats)
+            scale = self.choose(fold, stats)
             self.folded += [target.name for target in fold.readers]
             if scale is not None:
                 fold.apply(scale, self.journal)
                 stats.scale(scale)
 
-    def _choose(self, fold: Fold, stats: Statistics) -> Tensor | None:
+    def choose(self, fold: Fold, stats: Statistics) -> Tensor | None:
         """Return the scales [K] that lose least, None if it is those of 1."""
         x = stats.inputs()
         layers = [
