@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from llmq.algorithms import magnitude
 from llmq.algorithms.blockwise import still
@@ -34,6 +35,8 @@ from llmq.scheme import Pattern
 from llmq.sensitivity import Sensitivity, Unit
 from llmq.walk import Target
 
+# Wanda's masks of SmolLM2-135M at a rate of 0.5, perplexity: 27.0 with the same rate for all, 24.6
+# within 0.1 of it, 24.1 within 0.2, 24.0 within 0.3.
 SPAN = 0.2
 _STEPS = 40  # of a unit's rate between its bounds
 _ROWS = 512  # of outputs that are compared, from as many of the first calls as that takes
@@ -76,7 +79,7 @@ def allocate(
     kept = Measured(file, "" if file is None else fingerprint(model, calls[: len(probes)], units))
     squares = _squares(model, calls, units) if wanda else {}
     tasks = [_Task.of(unit, squares.get(unit.name), pattern, rate) for unit in units]
-    for task in tasks:
+    for task in tqdm(tasks, desc="allocate", unit="unit", delay=1, leave=False):
         key = f"{pattern.name} {rate} {'wanda' if wanda else 'magnitude'}"
         found = kept.get(task.unit, key)
         if found is None:
@@ -98,6 +101,7 @@ class _Task:
     Args:
         unit: of layers that lose the same share.
         sizes: pieces of each distinct layer.
+        gone: how many of them are pruned already.
         errors: of each distinct layer, Σ s² of what goes with the least k pieces of each row,
             float64 [pieces of a row + 1].
         rate: that the loss is measured at.
@@ -107,6 +111,7 @@ class _Task:
 
     unit: Unit
     sizes: list[int]
+    gone: list[int]
     errors: list[Tensor]
     rate: float
     bounds: tuple[int, int]
@@ -114,20 +119,22 @@ class _Task:
 
     @classmethod
     def of(cls, unit: Unit, squares: Tensor | None, pattern: Pattern, rate: float) -> _Task:
-        sizes, errors, gone = [], [], 0.0
+        sizes, gone, errors = [], [], []
         for target in unit.distinct():
             pieces = _pieces(_scores(target, squares).square(), pattern)
             size = pieces.numel()
             sizes.append(size)
             rows = pieces.double().sort(1).values.cumsum(1).sum(0)
             errors.append(torch.cat([rows.new_zeros(1), rows]).cpu())
+            gone.append(0)
             if isinstance(target.module, SparseLinear):
-                kept = int(_pieces(target.module.mask().float(), pattern).bool().sum())
-                gone = max(gone, (size - kept) / size)
+                left = _pieces(target.module.mask().float(), pattern).bool()
+                gone[-1] = size - int(left.sum())
         total = sum(sizes)
-        least = max(math.ceil(gone * total), math.floor(total * max(rate - SPAN, 0.0)))
+        least = max(sum(gone), math.floor(total * max(rate - SPAN, 0.0)))
         most = max(least, math.ceil(total * min(rate + SPAN, (1 + rate) / 2)))
-        return cls(unit, sizes, errors, max(rate, gone), (least, most))
+        shares = [had / size for had, size in zip(gone, sizes, strict=True)]
+        return cls(unit, sizes, gone, errors, max(rate, *shares), (least, most))
 
     def pruned(self, squares: Tensor | None, pattern: Pattern) -> dict[str, nn.Module]:
         """Return the unit's layers pruned at `rate`, by name."""
@@ -163,9 +170,14 @@ class _Task:
 
     def shares(self, count: int) -> dict[str, float]:
         """Return what share each layer loses if the unit loses `count` pieces."""
-        counts = [count * size // sum(self.sizes) for size in self.sizes]
-        for i in range(count - sum(counts)):
-            counts[i] += 1
+        total = sum(self.sizes)
+        counts = [
+            max(gone, count * size // total)
+            for gone, size in zip(self.gone, self.sizes, strict=True)
+        ]
+        for i, (gone, size) in enumerate(zip(self.gone, self.sizes, strict=True)):
+            missing = count - sum(counts)
+            counts[i] = min(size, max(gone, counts[i] + missing)) if missing else counts[i]
         own = {
             id(target.module._parameters["weight"]): own / size
             for target, own, size in zip(self.unit.distinct(), counts, self.sizes, strict=True)

@@ -88,7 +88,9 @@ def test_least_loss_is_that_of_brute_force() -> None:
     for i, target in enumerate(layers):
         scores = torch.rand(8, generator=generator(i), dtype=torch.float64).square().sort().values
         rows = torch.cat([torch.zeros(1, dtype=torch.float64), scores.cumsum(0)])
-        task = module._Task(Unit((target,), 1), [8], [rows], 0.5, (2, 7), loss=[0.1, 0.5, 0.2][i])
+        task = module._Task(
+            Unit((target,), 1), [8], [0], [rows], 0.5, (2, 7), loss=[0.1, 0.5, 0.2][i]
+        )
         tasks.append(task)
 
     def loss(counts: tuple[int, ...]) -> float:
@@ -138,10 +140,29 @@ def test_quantized_and_pruned_again() -> None:
         assert layer.scheme is not None
         assert not (layer.mask() & ~mask).any()
     state = copy.deepcopy(model.state_dict())
+    llmq.prune(model, 0.6, method="wanda", **options)  # nothing is left to do
+    for name, tensor in model.state_dict().items():
+        assert_equal(tensor, state[name], name)
     with pytest.raises(ValueError, match=r"more than pruning_rate=0\.55 allows is pruned already"):
         llmq.prune(model, 0.55, **options)
     for name, tensor in model.state_dict().items():
         assert_equal(tensor, state[name], name)
+
+
+def test_a_unit_shares_its_count_out_exactly() -> None:
+    """Whatever is gone of its layers stays gone, and none gets more than it has."""
+    layers = [Target(f"{i}", nn.Linear(n, 1), "Linear", []) for i, n in enumerate((7, 11, 3))]
+    for gone in ([0, 0, 0], [7, 0, 0], [1, 9, 2]):
+        task = module._Task(Unit(tuple(layers), 1), [7, 11, 3], gone, [], 0.5, (0, 21))
+        for count in range(sum(gone), 22):
+            shares = task.shares(count)
+            counts = [round(shares[f"{i}"] * n) for i, n in enumerate((7, 11, 3))]
+            assert sum(counts) == count
+            assert all(g <= c <= n for g, c, n in zip(gone, counts, (7, 11, 3), strict=True))
+            if not any(gone):
+                assert all(
+                    abs(c - count * n / 21) < 3 for c, n in zip(counts, (7, 11, 3), strict=True)
+                )
 
 
 def test_layers_of_one_weight_share_their_rate() -> None:

@@ -3,6 +3,8 @@
 A block's influence is 1 − E cos(h, f(h)), with h what it reads and f(h) what it gives at each token
 (Men et al., "ShortGPT: Layers in large language models are more redundant than you expect",
 arXiv:2403.03853, equation 1). The first block of a list always stays: T5's holds what all read.
+SmolLM2-135M without 3 of its 30: perplexity 21.7 by influence, 33.1 evenly, 2818 the last (whole:
+14.7; `benchmarks/algorithms.py`).
 """
 
 from __future__ import annotations
