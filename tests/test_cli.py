@@ -262,10 +262,12 @@ def test_compress_calibrates(
         status, _, err = run(capsys, "compress", original, "-o", tmp_path / "none", *options)
         assert status == 1 and message in err
         assert not (tmp_path / "none").exists()
-    bound = ("--max-kl", 0.05, "--text", text, "--tokens", 1100, *calibrated)
+    kept = tmp_path / "kept"
+    bound = ("--max-kl", 0.05, "--text", text, "--tokens", 1100, "--resume", kept, *calibrated)
     status, _, err = run(capsys, "compress", original, "-o", tmp_path / "planned", *bound)
     assert status == 0 and "bound: KL 0.05" in err
-    assert "smoothquant" in err or "gptq" in err
+    measured = json.loads((kept / "plan.json").read_text())["kl"]
+    assert any("smoothquant" in name for name in measured) and any("gptq" in n for n in measured)
     text_of_few = tmp_path / "few.txt"
     text_of_few.write_text("few words")
     few = ("--algorithm", "gptq", "--calibrate", text_of_few)
