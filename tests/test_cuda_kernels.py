@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmq import ops
-from llmq.formats import activation, semi_structured, uniform
+from llmq.formats import activation, bitmap, bitmap_tiles, semi_structured, uniform
 from tests.cuda_emulator import emulator
 from tests.helpers import assert_equal, assert_within, generator
 
@@ -177,6 +177,67 @@ def test_int8_of_activation_groups(M: int, K: int, group: int) -> None:
             splits=splits,
         )
         assert_product(y, coded, weight * scale, None, f"{splits} splits")
+
+
+def sparse(N: int, K: int, density: Tensor, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a sparse weight [N, K], rows as dense as `density` [N, 1] says, and its tiles."""
+    mask = torch.rand(N, K, generator=generator(4)) < density
+    values = torch.randint(-127, 128, (N, K), generator=generator(5)).to(dtype) * mask.to(dtype)
+    if dtype.is_floating_point:
+        values /= 128  # so that float16 holds the products
+    packed = bitmap_tiles.pack(*bitmap.encode(values, mask), K)
+    return values, dict(zip(("weight", "bitmask", "offsets"), packed, strict=True))
+
+
+# N, K: one strip, two of which one is partial, strips of two blocks; one chunk of int8 or two of 16
+# bits, a partial one, more than stages.
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("kept", ["none", "all", "half", "uneven"])
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 32, 128), (9, 33, 144), (17, 140, 1040)])
+def test_bitmap_touches_its_own_memory_and_equals_the_reference(
+    M: int, N: int, K: int, kept: str, splits: int
+) -> None:
+    density = {"none": torch.zeros(N, 1), "all": torch.ones(N, 1), "half": torch.full((N, 1), 0.5)}
+    density["uneven"] = torch.rand(N, 1, generator=generator(6)).round(decimals=1)
+    scale, x = torch.rand(N, 1, generator=generator(2)) / 128, tokens(M, K, torch.float32)
+    codes, x_scale = emulator.quantize(x)
+    values, memory = sparse(N, K, density[kept], torch.int8)
+    memory |= {"scale": scale, "x_scale": x_scale}
+    shape = {"N": N, "K": K, "splits": splits}
+    y, _ = emulator.small_gemm(
+        *("run_bitmap", codes, memory, 1, True), dtype=torch.float32, **shape
+    )
+    assert_equal(y, ops._Int8Linear(x, values, scale).reference())
+    for dtype in HALVES:
+        x = tokens(M, K, dtype)
+        memory.pop("x_scale", None)
+        y, _ = emulator.small_gemm(*("run_bitmap", x, memory, 1, False), dtype=dtype, **shape)
+        assert_product(y, x, values * scale, None, f"int8 values, {dtype}")
+        floats, float_memory = sparse(N, K, density[kept], dtype)
+        y, _ = emulator.small_gemm(*("run_bitmap", x, float_memory, 2, False), dtype=dtype, **shape)
+        assert_product(y, x, floats, None, str(dtype))
+
+
+@pytest.mark.parametrize("value", [torch.int8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
+def test_lanes_of_bitmap_wait_for_a_bank_once_at_most_on_average(
+    density: float, value: torch.dtype
+) -> None:
+    N, K = 128, 2048
+    _, memory = sparse(N, K, torch.full((N, 1), density), value)
+    codes = value == torch.int8
+    if codes:
+        x = torch.ones(8, K, dtype=torch.int8)
+        memory |= {"scale": torch.ones(N, 1), "x_scale": torch.ones(8, 1)}
+    else:
+        x = torch.ones(8, K, dtype=value)
+    _, counters = emulator.small_gemm(
+        *("run_bitmap", x, memory, value.itemsize, codes),
+        N=N,
+        K=K,
+        dtype=torch.bfloat16,
+    )
+    assert counters.shared_wavefronts <= 2 * counters.shared_ideal_wavefronts
 
 
 def pairs(N: int, K: int, seed: int = 1) -> tuple[semi_structured.SemiStructuredWeight, Tensor]:

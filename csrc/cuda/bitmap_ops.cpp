@@ -16,8 +16,8 @@ void set_tiles(SmallGemm& g, const Tensor& weight, const Tensor& weight_bitmask,
             weight_bitmask.is_contiguous(),
         kOp, "weight_bitmask must be of bitmap tiles for these N and K");
   check(row_offsets.scalar_type() == ScalarType::Long && row_offsets.is_contiguous() &&
-            row_offsets.numel() == strips * (chunks + 1),
-        kOp, "row_offsets must be int64 [strips, chunks + 1]");
+            row_offsets.numel() == strips * chunks,
+        kOp, "row_offsets must be int64 [strips, chunks]");
   g.weight = weight.const_data_ptr();
   g.bitmask = static_cast<const uint8_t*>(weight_bitmask.const_data_ptr());
   g.offsets = static_cast<const int64_t*>(row_offsets.const_data_ptr());

@@ -1,9 +1,18 @@
 // bitmap_sparse_linear for few tokens: y = x Wᵀ + bias of which one bit a weight and the values are
 // read: W int8 with int8 or floating-point inputs, or in the inputs' own type.
 //
-// At density d a weight is d + 0.14 bytes (int8; 2d + 0.14 otherwise). Issuing its instructions bounds
-// it: 7 a weight with int8 inputs, which at half density allows 0.79 of an H100's bandwidth and 0.91
-// of an A100's (benchmarks/results/static/cuda.json); not yet measured. For more tokens `expand` writes the matrix out, for a dense product to take.
+// At density d a weight is d + 0.13 bytes (int8; 2d + 0.14 otherwise). Of an H100's bandwidth, issuing
+// the instructions of up to 8 tokens allows (benchmarks/results/static/cuda.json; not yet measured)
+//
+//     values  inputs  instructions a weight   at d = 0.5   at d = 0.3
+//     int8    int8                      4.5         1.23         0.84
+//     int8    f16                       6.1         0.92         0.63
+//     int8    bf16                      7.5         0.75         0.51
+//     16 bits                           9.8         1.03         0.67
+//
+// and reading shared memory, where lanes meet in banks, about as much: the emulator counts 1.28 and
+// 1.15 wavefronts for 32 int8 weights at these densities, which allow 1.09 and 0.84.
+// For more tokens `expand` writes the matrix out, for a dense product to take.
 #include "bitmap_tiles.cuh"
 
 namespace llmq::cuda {
@@ -21,12 +30,10 @@ __global__ void __launch_bounds__(kThreads) expand(const SmallGemm g) {
   using Weight = Bitmap<kSize>;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int first = static_cast<int>(blockIdx.y) * kBlockOutputs + warp * kWarpOutputs;
-  const int chunk = static_cast<int>(blockIdx.x);
+  const int chunk = static_cast<int>(blockIdx.z);  // a slice
   unsigned char* const stage = ptx::shared_memory() + warp * Weight::kStageBytes;
-  unsigned char* const table = ptx::shared_memory() + kWarps * Weight::kStageBytes;
   Weight weight(g, first, lane);
   weight.copy(stage, chunk, lane);
-  Weight::fill_table(table);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   ptx::barrier();
@@ -35,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) expand(const SmallGemm g) {
 #pragma unroll
     for (int r = 0; r < kTiles; ++r) {
       uint32_t words[Weight::kWords];
-      weight.load(words, stage, table, r, pair, lane);
+      weight.load(words, stage, nullptr, r, pair, lane);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // two units of 4 inputs, two rows
         const int n = first + r * kTileRows + i % 2 * 8 + lane / 4;
@@ -55,13 +62,14 @@ __global__ void __launch_bounds__(kThreads) expand(const SmallGemm g) {
 }
 
 template <int kSize>
-void launch_expand(const SmallGemm& g, void* stream) {
+void launch_expand(SmallGemm g, void* stream) {
   using Weight = Bitmap<kSize>;
-  const Launch grid{static_cast<unsigned>(ceil_div(g.K, Weight::kChunk)),
+  g.splits = ceil_div(g.K, Weight::kChunk);
+  const Launch grid{1,
                     static_cast<unsigned>(ceil_div(g.N, kBlockOutputs)),
-                    1,
+                    static_cast<unsigned>(g.splits),
                     kThreads,
-                    kWarps * Weight::kStageBytes + Weight::kTableBytes,
+                    kWarps * Weight::kStageBytes,
                     stream};
   launch(expand<kSize>, grid, g);
 }

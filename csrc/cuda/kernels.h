@@ -19,7 +19,7 @@ struct SmallGemm {
   int x_groups;              // of equal size, a multiple of 32 unless there is one
   const void* weight;        // [N, K] or [N, K / 2] bytes; or the values of bitmap tiles
   const uint8_t* bitmask;    // of bitmap tiles, with
-  const int64_t* offsets;    // [strips, chunks + 1], in values
+  const int64_t* offsets;    // [strips, chunks], in values
   const float* scale;        // [N, groups]; null: 1
   const int8_t* zero_point;  // [N, groups]; null: 0, or 8 of nibbles
   int groups;                // of equal size, a multiple of 32 unless there is one
@@ -45,17 +45,18 @@ constexpr int chunk_inputs(int bits) { return 128 * 8 / bits; }  // 128 bytes of
 // part shares with its neighbours included.
 inline constexpr int kMaxGroups = 16;
 
-// Bitmap tiles hold a sparse weight in strips of 32 outputs and chunks of bitmap_chunk inputs, each of
-// them 2 × (chunk / 64) tiles of 16 × 64 (llmq/formats/bitmap_tiles.py packs and unpacks them):
+// Bitmap tiles hold a sparse weight in strips of 32 outputs and chunks of bitmap_chunk inputs
+// (llmq/formats/bitmap_tiles.py packs and unpacks them, bitmap_tiles.cuh says what lanes make of them):
 //
-//     bitmask [strips, chunks, 1, 32 + 128 tiles]   | uint16 [tiles, 4 bytes of a mask word]: where the
-//         values of that byte begin | uint32 [tiles, 32 lanes]: masks, bitmap_tiles.cuh says of what |
-//     weight   values of a strip's chunk from offsets[strip, chunk] on, in the order tile, byte of
-//         the mask word, lane, bit; then at least 12 zero bytes, up to a multiple of 32
-inline constexpr int kBitmapHeader = 32, kBitmapPadding = 32;
+//     bitmask [strips, chunks, 1, bytes]   | uint16 [8 runs, 2]: its first value, and the units of 16
+//         bytes that it and 12 bytes behind it touch, at most 33, of the last 34 |
+//         uint32 [32 lanes, chunk / 32]: masks |
+//     weight   8 runs of values from offsets[strip, chunk] on, which is on 16 bytes; behind all, 16
+//         bytes more
+inline constexpr int kBitmapHeader = 32;
 constexpr int bitmap_chunk(int value_bytes) { return 128 / value_bytes; }
 constexpr int bitmap_mask_bytes(int value_bytes) {
-  return kBitmapHeader + 2 * bitmap_chunk(value_bytes) / 64 * 128;
+  return kBitmapHeader + 4 * bitmap_chunk(value_bytes);
 }
 
 void weight_only_gemm(const SmallGemm& g, int bits, void* stream);

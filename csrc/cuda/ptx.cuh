@@ -113,15 +113,27 @@ LLMQ_PTX void cp_async_16(void* shared, const void* global, int bytes) {
                "l"(global), "r"(bytes)
                : "memory");
 }
-// Likewise of what is read once: first to leave L2, so that inputs stay.
+LLMQ_PTX uint64_t evict_first() {  // of L2, so that inputs stay
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+// Likewise of what is read once.
 LLMQ_PTX void cp_async_16_once(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(
+                   shared_address(shared)),
+               "l"(global), "r"(bytes), "l"(evict_first())
+               : "memory");
+}
+// 16 bytes or, unless `wanted`, none: by a predicate, where a branch would be one.
+LLMQ_PTX void cp_async_16_once_if(bool wanted, void* shared, const void* global) {
   asm volatile(
       "{\n"
-      ".reg .b64 policy;\n"
-      "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-      "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, policy;\n"
-      "}" ::"r"(shared_address(shared)),
-      "l"(global), "r"(bytes)
+      ".reg .pred wanted;\n"
+      "setp.ne.b32 wanted, %0, 0;\n"
+      "@wanted cp.async.cg.shared.global.L2::cache_hint [%1], [%2], 16, %3;\n"
+      "}" ::"r"(static_cast<int>(wanted)),
+      "r"(shared_address(shared)), "l"(global), "l"(evict_first())
       : "memory");
 }
 LLMQ_PTX void cp_async_8(void* shared, const void* global, int bytes) {
@@ -180,6 +192,12 @@ LLMQ_PTX void mma(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+LLMQ_PTX void mma(int32_t (&d)[4], const uint32_t (&a)[2], uint32_t b, int8_t) {  // 16 columns
+  asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+}
 // Of a 2:4 sparse a; places in a nibble ascend.
 LLMQ_PTX void mma_sp(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
                      uint32_t metadata) {
@@ -201,7 +219,9 @@ LLMQ_PTX uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {  // any function of
 inline constexpr int kAndOr = (0xf0 & 0xcc) | 0xaa;  // table of (a & b) | c
 
 LLMQ_PTX uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {  // bytes of {b, a}, by nibble
-  return __byte_perm(a, b, selector);
+  uint32_t d;  // __byte_perm would mask the selector
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
 }
 LLMQ_PTX uint32_t shf_r(uint32_t low, uint32_t high, uint32_t bits) {  // bits modulo 32
   return __funnelshift_r(low, high, bits);

@@ -8,6 +8,8 @@
 namespace llmq::cuda {
 [[gnu::weak]] void weight_only_gemm(const SmallGemm& g, int bits, void* stream);
 [[gnu::weak]] void int8_gemm(const SmallGemm& g, void* stream);
+[[gnu::weak]] void bitmap_gemm(const SmallGemm& g, int value_bytes, bool codes, void* stream);
+[[gnu::weak]] void bitmap_expand(const SmallGemm& g, int value_bytes, void* stream);
 [[gnu::weak]] void semi_structured_gemm(const SparseGemm& g, void* stream);
 [[gnu::weak]] void quantize_rows(const QuantizeRows& q, void* stream);
 }  // namespace llmq::cuda
@@ -53,6 +55,12 @@ const char* run_weight_only(const SmallGemm* g, int bits) {
 }
 const char* run_int8(const SmallGemm* g) {
   return guarded([&] { int8_gemm(*g, nullptr); });
+}
+const char* run_bitmap(const SmallGemm* g, int value_bytes, bool codes) {
+  return guarded([&] { bitmap_gemm(*g, value_bytes, codes, nullptr); });
+}
+const char* run_bitmap_expand(const SmallGemm* g, int value_bytes) {
+  return guarded([&] { bitmap_expand(*g, value_bytes, nullptr); });
 }
 const char* run_semi_structured(const SparseGemm* g) {
   return guarded([&] { semi_structured_gemm(*g, nullptr); });

@@ -56,6 +56,10 @@ inline void cp_async_16_once(void* shared, const void* global, int bytes,
                              Site site = Site::current()) {
   block().copy_async(shared, global, 16, static_cast<size_t>(bytes), site);
 }
+inline void cp_async_16_once_if(bool wanted, void* shared, const void* global,
+                                Site site = Site::current()) {
+  if (wanted) block().copy_async(shared, global, 16, 16, site);
+}
 inline void cp_async_8(void* shared, const void* global, int bytes, Site site = Site::current()) {
   block().copy_async(shared, global, 8, static_cast<size_t>(bytes), site);
 }
@@ -257,6 +261,11 @@ inline void mma(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
           return byte_of(lanes[column * 4 + k % 16 / 4]->b[k / 16], k % 4);
         });
   });
+}
+
+inline void mma(int32_t (&d)[4], const uint32_t (&a)[2], uint32_t b, int8_t type,
+                Site site = Site::current()) {
+  mma(d, {a[0], a[1], 0, 0}, {b, 0}, type, site);
 }
 
 inline void mma_sp(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
