@@ -240,10 +240,24 @@ def keeps_panels(device: torch.device, scheme: Scheme | None) -> bool:
     return all(group is None or group % step == 0 for group in groups)
 
 
-def keeps_tiles(device: torch.device, scheme: Scheme | None, K: int) -> bool:
-    """Whether a layer of `scheme` and K inputs holds an unstructured weight in bitmap tiles."""
+def keeps_tiles(
+    device: torch.device, scheme: Scheme | None, N: int, K: int, kept: int, dtype: torch.dtype
+) -> bool:
+    """Whether a layer of `scheme` on `device` holds an unstructured weight in bitmap tiles.
+
+    Args:
+        N, K: output features, input features.
+        kept, dtype: how many values of the N · K are stored, and as what: int8 where there is a
+            scheme. Floating-point ones are held so if they are of 16 bits, and then take less
+            memory than all of them would, and if N, which no scale tells, is whole strips.
+    """
     op = "bitmap_sparse_linear"
-    if device.type != "cuda" or scheme is None or not has_cuda(op):
+    if device.type != "cuda" or not has_cuda(op):
         return False
+    if scheme is None:
+        masks = N * K * 9 // 64  # bytes, with where runs begin
+        pays = dtype.itemsize == 2 and 2 * kept + masks < 2 * N * K
+        form = Format(8 * dtype.itemsize, tiles=True)
+        return pays and N % 32 == 0 and _cuda_refusal(op, dtype, K, form) is None
     group = None if scheme.activations is None else scheme.activation_group_size or 0
     return _cuda_refusal(op, torch.bfloat16, K, Format(8, 0, group, tiles=True)) is None

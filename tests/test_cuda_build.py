@@ -59,7 +59,9 @@ from llmq import dispatch, extension
 from llmq.scheme import resolve_scheme
 assert extension.load().loaded, extension.load().error
 assert dispatch.has_cuda("int8_linear") and dispatch.has_cuda("weight_only_linear")
-assert dispatch.keeps_tiles(torch.device("cuda"), resolve_scheme("w8a8"), 64)
+cuda = torch.device("cuda")
+assert dispatch.keeps_tiles(cuda, resolve_scheme("w8a8"), 33, 64, 999, torch.int8)
+assert dispatch.keeps_tiles(cuda, None, 32, 64, 999, torch.bfloat16)
 for M, kind in ((64, "cuda"), (65, "dense")):
     form = dispatch.Format(8, 0, 0, tiles=True)
     kernel = dispatch.choose("bitmap_sparse_linear", "cuda", torch.float16, M, 33, 64, form)

@@ -90,6 +90,20 @@ def test_bitmap_tiles_hold_every_value_once(
         assert_equal(torch.ops.llmq.cuda_expand_bitmap(*packed, N, K), values)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, HALVES[1]], ids=str)
+def test_bitmap_tiles_are_the_same_in_slices(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    N, K = 130, 200
+    _, encoded, packed = sparse(N, K, 0.4, dtype)
+    for weights in (1, 64 * K):  # a strip, two strips
+        monkeypatch.setattr(bitmap_tiles, "_SLICE", weights)
+        for found, expected in zip(bitmap_tiles.pack(*encoded, K), packed, strict=True):
+            assert_equal(found, expected)
+        for found, expected in zip(bitmap_tiles.unpack(*packed, N, K), encoded, strict=True):
+            assert_equal(found, expected)
+
+
 @pytest.mark.parametrize("M", [1, 9, 33])
 @pytest.mark.parametrize(("N", "K", "density"), SPARSE)
 def test_bitmap_sparse_linear_of_codes(M: int, N: int, K: int, density: float) -> None:
@@ -131,9 +145,15 @@ def cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def sparse_layer(scheme: str = "w8a8", N: int = 70, K: int = 144, seed: int = 1) -> SparseLinear:
+def sparse_layer(
+    scheme: str | None = "w8a8",
+    N: int = 70,
+    K: int = 144,
+    seed: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> SparseLinear:
     torch.manual_seed(seed)
-    linear = nn.Linear(K, N)
+    linear = nn.Linear(K, N, dtype=dtype)
     mask = torch.rand(N, K) < 0.4
     mask[3], linear.weight.data[5] = False, 0.0  # nothing kept; zeros kept
     return SparseLinear.from_linear(linear, scheme=scheme, mask=mask)
@@ -141,16 +161,19 @@ def sparse_layer(scheme: str = "w8a8", N: int = 70, K: int = 144, seed: int = 1)
 
 def hold_tiles(layer: SparseLinear, monkeypatch: pytest.MonkeyPatch) -> SparseLinear:
     """Return a copy that holds tiles, as layers of the CPU do from now on."""
-    monkeypatch.setattr(dispatch, "keeps_tiles", lambda *_: True)
+    monkeypatch.setattr(dispatch, "keeps_tiles", lambda *layer: layer[-1].itemsize <= 2)
     held = copy.deepcopy(layer)
     assert held.weight_bitmask.dim() == 4 and held.weight.dim() == 1
     return held
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", None])
 def test_layers_that_hold_tiles_are_canonical_to_the_outside(
-    monkeypatch: pytest.MonkeyPatch,
+    scheme: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, other = sparse_layer(), sparse_layer(seed=2)
+    kind = {"N": 64, "dtype": HALVES[1]} if scheme is None else {}
+    wide = torch.float32 if scheme is None else torch.float64
+    plain, other = sparse_layer(scheme, **kind), sparse_layer(scheme, seed=2, **kind)
     expected, of_other = plain.state_dict(), other.state_dict()
     layer = hold_tiles(plain, monkeypatch)
     assert layer.config() == plain.config() and layer.bytes() == plain.bytes()
@@ -160,7 +183,7 @@ def test_layers_that_hold_tiles_are_canonical_to_the_outside(
     loaded.load_state_dict(expected, assign=True)
     twins = {"copied": copy.deepcopy(layer), "pickled": pickle.loads(pickle.dumps(layer))}
     twins |= {"held": layer, "loaded": loaded, "moved": copy.deepcopy(layer).to("cpu")}
-    twins["as half"] = copy.deepcopy(layer).to(torch.float64).to(torch.float32)
+    twins["there and back"] = copy.deepcopy(layer).to(wide).to(plain.bias.dtype)
     for name, twin in twins.items():
         assert twin.weight_bitmask.dim() == 4, name
         assert twin.state_dict().keys() == expected.keys()
@@ -171,22 +194,31 @@ def test_layers_that_hold_tiles_are_canonical_to_the_outside(
         assert_equal(tensor, of_other[key], key)
     monkeypatch.setattr(dispatch, "keeps_tiles", lambda *_: False)
     away = layer.to("cpu")  # where another layout runs
-    assert away.weight_bitmask.dim() != 4
+    assert away.weight_bitmask.dim() != 4 and (scheme is not None or away.op == "dense")
     for key, tensor in away.state_dict().items():
         assert_equal(tensor, of_other[key], key)
 
 
 def test_tiles_are_held_where_a_kernel_reads_them(cuda_kernels: pytest.MonkeyPatch) -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    for scheme, K, kept in (
-        *(("w8a8", 144, True), ("w8a8", 40, False), ("w8a16", 48, True)),
-        *(("w8a8-g64", 128, True), (None, 128, False)),
-    ):
+    int8, half = torch.int8, torch.float16
+    taken: list[tuple[str | None, int, int, float, torch.dtype]] = [
+        *(("w8a8", 70, 144, 1.0, int8), ("w8a16", 70, 48, 0.5, int8)),
+        *(("w8a8-g64", 70, 128, 0.5, int8), (None, 64, 40, 0.9, half)),
+    ]
+    refused: list[tuple[str | None, int, int, float, torch.dtype]] = [
+        *(("w8a8", 70, 40, 0.5, int8), (None, 70, 128, 0.5, half), (None, 64, 36, 0.5, half)),
+        *((None, 64, 128, 0.95, half), (None, 64, 128, 0.5, torch.float32)),
+    ]
+    for scheme, N, K, density, dtype in taken + refused:
         resolved = None if scheme is None else resolve_scheme(scheme)
-        assert dispatch.keeps_tiles(cuda, resolved, K) == kept, (scheme, K)
-        assert not dispatch.keeps_tiles(cpu, resolved, K)
+        layer = (resolved, N, K, int(density * N * K), dtype)
+        assert dispatch.keeps_tiles(cuda, *layer) == ((scheme, N, K, density, dtype) in taken), (
+            layer
+        )
+        assert not dispatch.keeps_tiles(cpu, *layer)
     cuda_kernels.setattr(dispatch, "has_cuda", lambda op: False)  # Triton reads the canonical one
-    assert not dispatch.keeps_tiles(cuda, resolve_scheme("w8a8"), 144)
+    assert not dispatch.keeps_tiles(cuda, resolve_scheme("w8a8"), 70, 144, 999, int8)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
@@ -210,6 +242,28 @@ def test_the_table_leads_tiles_to_their_kernel_and_many_tokens_to_the_dense_one(
         codes, x_scale = activation.quantize_activation(x)
         coded = codes.float() * x_scale
     assert_product(y, coded, plain.dequantize(), layer.bias, scheme)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("M", [1, 64, 65])
+def test_tiles_of_floating_point_values_run_likewise(
+    M: int, dtype: torch.dtype, cuda_kernels: pytest.MonkeyPatch
+) -> None:
+    plain = sparse_layer(None, N=64, dtype=dtype)
+    layer = hold_tiles(plain, cuda_kernels)
+    assert plain.op == "dense" and layer.op == "bitmap_sparse_linear"
+    kernel = dispatch.choose(layer.op, "cuda", dtype, M, 64, 144, layer._form())
+    assert kernel.name == f"bitmap_sparse_linear_{'cuda' if M <= 64 else 'dense'}", kernel
+    x = tokens(M, 144, dtype)
+    held = (layer._parameters[n] for n in ("weight", "weight_bitmask", "row_offsets"))
+    call = ops._BitmapSparseLinear(x, *held, None, layer.bias, None)
+    y = gpu.run("bitmap_sparse_linear", tuple(call), _no_reference, call.form, call.check())
+    assert_product(y, x, plain.dequantize(), layer.bias, "tiles")
+    other = HALVES[dtype == HALVES[0]]
+    with torch.autocast("cpu", dtype=other):  # to a type in which the kernel has no values
+        assert_equal(layer(x), plain(x))
+    with pytest.raises(RuntimeError, match="dtype"):  # as torch's own layer
+        layer(x.to(other))
 
 
 def test_what_the_kernel_of_tiles_refuses_runs_dense(cuda_kernels: pytest.MonkeyPatch) -> None:

@@ -42,9 +42,9 @@ class SparseLinear(CompressedLayer):
 
     Made by `from_linear` or `llmq.prune`. Its canonical tensors are those of the pattern's format
     (`llmq/formats/bitmap.py`, `semi_structured.py`, `block.py`), with `weight_scale` [N, 1] where
-    values are int8. Without a sparse kernel that pays for its device, floating-point values are
-    held, and run, as a dense matrix; int8 values on CPU as bitmap panels, whatever the pattern, and
-    unstructured ones on CUDA as bitmap tiles where the library has kernels for them.
+    values are int8. Unstructured values, int8 or of 16 bits, are held on CUDA as bitmap tiles where
+    the library has kernels for them; int8 values on CPU as bitmap panels, whatever the pattern.
+    Other floating-point values are held, and run, as a dense matrix.
     """
 
     _resizable = ("weight", "block_index")
@@ -150,6 +150,10 @@ class SparseLinear(CompressedLayer):
         if self.scheme is None and self._is_dense():
             return F.linear(x, self.weight, self.bias)
         x = autocast(x)
+        if self.scheme is None and self._in_tiles() and x.dtype != self.weight.dtype:
+            with torch.autocast(x.device.type, enabled=False):
+                weight = self.values_and_mask()[0]
+            return F.linear(x, weight, self.bias)  # casts under autocast, else refuses
         group = self._activation_group()
         p, ops = self._parameters, torch.ops.llmq
         last = (p["weight_scale"], p["bias"], group)
@@ -172,7 +176,7 @@ class SparseLinear(CompressedLayer):
 
     def _in_panels(self) -> bool:
         bitmask = self._parameters.get("weight_bitmask")
-        return self.scheme is not None and bitmask is not None and bitmask.dim() > 2
+        return bitmask is not None and bitmask.dim() > 2
 
     def _in_tiles(self) -> bool:
         bitmask = self._parameters.get("weight_bitmask")
@@ -237,17 +241,16 @@ class SparseLinear(CompressedLayer):
         weight = tensors["weight"]
         if N == 0 or K == 0 or weight.is_meta:
             return None
-        if self.scheme is None:
-            if not self._is_dense():
-                tensors["weight"] = _decode_sparse(self._pattern, tensors, N, K)[0]
-            return tensors
-        if self._in_panels():
+        if self._in_panels() or (self.scheme is None and self._is_dense()):
             return None
         if self._pattern.kind == "unstructured" and dispatch.keeps_tiles(
-            weight.device, self.scheme, K
+            weight.device, self.scheme, N, K, weight.numel(), weight.dtype
         ):
             bitmask, offsets = tensors["weight_bitmask"], tensors["row_offsets"]
             return tensors | bitmap_tiles.pack(weight, bitmask, offsets, K)._asdict()
+        if self.scheme is None:
+            tensors["weight"] = _decode_sparse(self._pattern, tensors, N, K)[0]
+            return tensors
         if not dispatch.keeps_panels(weight.device, self.scheme):
             return None
         if self._pattern.kind != "unstructured":
