@@ -140,7 +140,5 @@ def test_wrong_metadata_changes_the_result(bug: str, tmp_path: Path) -> None:
     stored = semi_structured.encode(dense)
     memory = {"weight": stored.weight, "meta": stored.weight_meta}
     memory |= {"scale": torch.ones(N, 1), "x_scale": torch.ones(M, 1)}
-    y, _ = emulator.semi_structured(
-        codes, memory, dtype=torch.float32, block_tokens=64, loaded=loaded
-    )
+    y, _ = emulator.semi_structured(codes, memory, dtype=torch.float32, plan=0, loaded=loaded)
     assert torch.equal(y, (codes.int() @ dense.int().T).float()) == (bug == "none")

@@ -5,6 +5,8 @@ The emulator turns what would be luck on a GPU into an error (tests/test_cuda_em
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from torch import Tensor
@@ -249,27 +251,25 @@ def pairs(N: int, K: int, seed: int = 1) -> tuple[semi_structured.SemiStructured
     return stored, torch.rand(N, 1, generator=g) + 0.1
 
 
-# One, odd, prime; one below and above a tile of 8, 64 and 128 tokens, 16 and 128 outputs; fewer
-# chunks of 128 inputs than stages, and more.
+# One, odd, prime; one below and above a tile of 8 tokens and 16 outputs, and blocks of 64, 128 and
+# 192 tokens, 128 and 256 outputs; one chunk of 128 inputs, fewer chunks than stages, and more.
 SPARSE_SHAPES = (
     *((1, 1, 128), (7, 17, 256), (63, 127, 384), (64, 128, 512), (65, 129, 640)),
-    *((127, 5, 128), (128, 16, 896), (129, 257, 128), (193, 31, 256)),
+    *((127, 5, 128), (128, 16, 896), (129, 257, 128), (191, 255, 256), (193, 31, 384)),
 )
+SPARSE_PLANS = range(5)
 
 
-@pytest.mark.parametrize("block_tokens", [64, 128])
+@pytest.mark.parametrize("plan", SPARSE_PLANS)
 @pytest.mark.parametrize(("M", "N", "K"), SPARSE_SHAPES)
-def test_semi_structured_equals_the_reference_to_the_bit(
-    M: int, N: int, K: int, block_tokens: int
-) -> None:
+def test_semi_structured_equals_the_reference_to_the_bit(M: int, N: int, K: int, plan: int) -> None:
     stored, scale = pairs(N, K)
     dtype = (torch.float32, *HALVES)[M % 3]
     x, bias = tokens(M, K, dtype), torch.randn(N, generator=generator(3)).to(dtype)
     codes, x_scale = emulator.quantize(x)
     memory = {"weight": stored.weight, "meta": stored.weight_meta, "scale": scale}
     memory |= {"x_scale": x_scale, "bias": bias}
-    shape = {"dtype": dtype, "block_tokens": block_tokens}
-    y, counters = emulator.semi_structured(codes, memory, **shape)
+    y, counters = emulator.semi_structured(codes, memory, dtype=dtype, plan=plan)
     assert_equal(y, ops._SemiStructuredLinear(x, *stored, scale, bias, 0).reference())
     assert_streams(counters, K // 2)
 
@@ -285,7 +285,7 @@ def test_semi_structured_takes_every_pair_of_places_and_fewer_values_than_two() 
         memory = {"weight": weight.weight, "meta": weight.weight_meta, "scale": scale}
         memory["x_scale"] = torch.ones(K, 1)
         codes = torch.eye(K, dtype=torch.int8)  # one input a token: y is the weight itself
-        y, _ = emulator.semi_structured(codes, memory, dtype=torch.float32, block_tokens=64)
+        y, _ = emulator.semi_structured(codes, memory, dtype=torch.float32, plan=0)
         assert_equal(y, (semi_structured.decode(*weight, K) * scale).T.contiguous())
 
 
@@ -297,4 +297,26 @@ def test_places_that_do_not_ascend_are_an_error_of_the_emulator() -> None:
     memory["x_scale"] = torch.ones(2, 1)
     codes = torch.ones(2, 128, dtype=torch.int8)
     with pytest.raises(RuntimeError, match="metadata does not ascend"):
-        emulator.semi_structured(codes, memory, dtype=torch.float32, block_tokens=64)
+        emulator.semi_structured(codes, memory, dtype=torch.float32, plan=0)
+
+
+# Multiprocessors and shared memory of a block: A100, H100, and those with 99 KB.
+SPARSE_DEVICES = {"A100": (108, 163), "H100": (132, 227), "L40S": (142, 99)}
+
+
+@pytest.mark.parametrize("name", SPARSE_DEVICES)
+def test_plans_fill_the_device_and_fit_it(name: str) -> None:
+    multiprocessors, kilobytes = SPARSE_DEVICES[name]
+    loaded = emulator.library()
+    assert loaded.sparse_plans() == len(SPARSE_PLANS), "plans that are not tested"
+
+    def choose(M: int, N: int) -> int:
+        int64 = ctypes.c_int64
+        return loaded.choose_plan(int64(M), int64(N), multiprocessors, kilobytes * 1024)
+
+    assert choose(64, 4096) == choose(1, 1) == 0, "the smallest, where it has blocks too few"
+    for M in (64, 200, 2048, 65536):
+        for N in (128, 4096, 11008):
+            assert loaded.sparse_plan_bytes(choose(M, N)) <= kilobytes * 1024, (M, N)
+    # Many blocks: the fewest bytes that an mma takes of shared memory.
+    assert choose(65536, 11008) == (2 if name == "L40S" else 4)

@@ -34,7 +34,7 @@ inline void check(bool condition, const char* op, const std::string& message) {
 struct Device {
   explicit Device(const Tensor&) {}
   void* stream = nullptr;
-  int multiprocessors = 3;
+  int multiprocessors = 3, shared_bytes = 227 * 1024;
   void zero(void* memory, size_t bytes) const { std::memset(memory, 0, bytes); }
 };
 #else
@@ -51,13 +51,15 @@ struct Device {
     }
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
     check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
+    check_cuda(
+        cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
   }
   void zero(void* memory, size_t bytes) const {
     check_cuda(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)));
   }
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
-  int multiprocessors = 0;
+  int multiprocessors = 0, shared_bytes = 0;  // that a block may have
 };
 #endif
 

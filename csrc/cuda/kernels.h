@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <iterator>
 
 namespace llmq::cuda {
 
@@ -64,6 +65,53 @@ void int8_gemm(const SmallGemm& g, void* stream);
 void bitmap_gemm(const SmallGemm& g, int value_bytes, bool codes, void* stream);
 void bitmap_expand(const SmallGemm& g, int value_bytes, void* stream);  // into y [N, K]
 
+inline constexpr int kSparseChunk = 128;  // inputs: 64 bytes of values, 16 of metadata of an output
+
+// How the 2:4 kernel shares out its work: a block has row_warps × token_warps warps, each of
+// row_tiles × token_tiles tiles of 16 outputs and 8 tokens, and so many chunks in shared memory.
+struct SparsePlan {
+  int row_tiles, token_tiles, row_warps, token_warps, stages;
+
+  constexpr int outputs() const { return row_warps * row_tiles * 16; }
+  constexpr int tokens() const { return token_warps * token_tiles * 8; }
+  constexpr int threads() const { return row_warps * token_warps * 32; }
+  constexpr int chunk_bytes() const {
+    return outputs() * (kSparseChunk / 2 + kSparseChunk / 8) + tokens() * kSparseChunk;
+  }
+  constexpr int bytes() const { return stages * chunk_bytes(); }
+  // Cycles that shared memory takes for a chunk, 128 bytes each: what comes in, and what warps load,
+  // the tokens once a row of warps and values and metadata once a column.
+  constexpr int wavefronts() const {
+    const int of_outputs = outputs() * (kSparseChunk / 2 + kSparseChunk / 8);
+    const int of_tokens = tokens() * kSparseChunk;
+    return (of_outputs * (1 + token_warps) + of_tokens * (1 + row_warps)) / 128;
+  }
+};
+inline constexpr SparsePlan kSparsePlans[] = {
+    {4, 4, 2, 2, 4},   // 128 outputs × 64 tokens
+    {4, 8, 2, 2, 3},   // 128 × 128
+    {4, 8, 4, 2, 2},   // 256 × 128, in 99 KB
+    {4, 8, 4, 2, 3},   // 256 × 128
+    {4, 12, 4, 2, 3},  // 256 × 192
+};
+
+// The plan with which the multiprocessor that has most to do is done first, if shared memory is what
+// it waits for; of equal ones the last.
+constexpr int choose_sparse_plan(int64_t M, int64_t N, int multiprocessors, int shared_bytes) {
+  int best = 0;
+  int64_t least = INT64_MAX;
+  for (int i = 0; i < static_cast<int>(std::size(kSparsePlans)); ++i) {
+    const SparsePlan& plan = kSparsePlans[i];
+    const int64_t blocks = ceil_div(N, plan.outputs()) * ceil_div(M, plan.tokens());
+    const int64_t cycles = ceil_div(blocks, multiprocessors) * plan.wavefronts();
+    if (plan.bytes() <= shared_bytes && cycles <= least) {
+      best = i;
+      least = cycles;
+    }
+  }
+  return best;
+}
+
 // y = x Wᵀ for many tokens, W 2:4 sparse in its canonical storage (semi_structured_linear.cu).
 struct SparseGemm {
   const int8_t* x;       // [M, K] codes, with
@@ -75,10 +123,9 @@ struct SparseGemm {
   Dtype bias_dtype;
   void* y;  // [M, N]
   Dtype y_dtype;
-  int M, N, K;       // K a multiple of kSparseChunk
-  int block_tokens;  // 128, or 64 to have more blocks
+  int M, N, K;  // K a multiple of kSparseChunk
+  int plan;     // of kSparsePlans
 };
-inline constexpr int kSparseChunk = 128;  // inputs: 16 bytes of metadata
 void semi_structured_gemm(const SparseGemm& g, void* stream);
 
 // quantize_activation: symmetric int8 codes, one scale a token or group of inputs, as

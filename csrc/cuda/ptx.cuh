@@ -210,6 +210,12 @@ LLMQ_PTX void mma_sp(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b
 
 // Bits and numbers
 
+// a, of which the compiler knows nothing: what follows from it is found here and kept in no register
+// from before a loop.
+LLMQ_PTX int opaque(int a) {
+  asm volatile("" : "+r"(a));
+  return a;
+}
 template <int kTable>
 LLMQ_PTX uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {  // any function of three bits
   uint32_t d;

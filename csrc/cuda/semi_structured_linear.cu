@@ -3,17 +3,28 @@
 //
 //     storage  canonical: values int8 [N, K/2], metadata [N, K/8], a nibble for 4 inputs; 8 of them
 //              are the metadata register of mma.sp as they lie
-//     block    4 warps · 128 outputs × kTokens tokens, all of K; grid (tokens, outputs)
-//     warp     64 outputs × kTokens/2 tokens: 4 × kTokens/16 tiles of mma.sp m16n8k64
+//     block    4 or 8 warps, one of kSparsePlans, all of K; grid (tokens, outputs)
+//     warp     64 outputs × 32, 64 or 96 tokens: 4 × 4, 8 or 12 tiles of mma.sp m16n8k64
 //     chunk    128 inputs: 64 bytes of values and 16 of metadata of an output, 128 of a token;
 //              kStages of them on their way by cp.async, one barrier a chunk
 //
 // Outputs are the rows of mma.sp, whose A is the sparse one. Which inputs a step of 64 takes is free:
 // step s has 32·s … and 64 + 32·s …, so that one load of 8 bytes gives a lane the metadata of both
 // steps. Sums go through shared memory at the end: a thread scales and stores one output, a warp 32
-// that lie side by side. Shared memory bounds it: a warp's chunk of 64 mma, with 128 tokens, takes 104
-// wavefronts to load and 52 to copy, 2.4 cycles an mma, where tensor cores of an A100 would take 2 and
-// of an H100 one. Not yet measured.
+// that lie side by side.
+//
+// Shared memory bounds it, and behind it L2. An mma of a warp of r × t tiles loads 4/t + 4/r + 1/t
+// wavefronts (values, tokens, metadata); with what the block copies, and the bytes that come from L2:
+//
+//     block        128 × 64   128 × 128   256 × 128   256 × 192
+//     loads            2.25        1.63        1.63        1.42
+//     copies           1.13        0.81        0.56        0.46
+//     wavefronts       3.38        2.44        2.19        1.88   a cycle each, for an mma
+//     bytes             144         104          72          59
+//
+// where an mma takes tensor cores of an A100 2 cycles, of an H100 one by the data sheet (whose 38
+// bytes of L2 a cycle and multiprocessor would be 1.5). Not yet measured. 96 × 64 a warp would take
+// 1.77, but a register more than there are on some GPUs.
 #include "floats.cuh"
 #include "kernels.h"
 #include "ptx.cuh"
@@ -21,21 +32,22 @@
 namespace llmq::cuda {
 namespace {
 
-constexpr int kThreads = 128, kSteps = 2, kRowTiles = 4;
-constexpr int kWarpOutputs = 16 * kRowTiles;
+constexpr int kSteps = 2;
 constexpr int kValueBytes = kSparseChunk / 2, kMetaBytes = kSparseChunk / 8;  // of an output
-static_assert(kThreads == kBlockOutputs && kBlockOutputs == 2 * kWarpOutputs);
 
-template <int kTokens>
+template <int kPlan>
 struct Plan {
-  static constexpr int kTokenTiles = kTokens / 16;  // of 8, a warp
-  static constexpr int kMeta = kBlockOutputs * kValueBytes, kX = kMeta + kBlockOutputs * kMetaBytes;
-  static constexpr int kStageBytes = kX + kTokens * kSparseChunk;
-  static constexpr int kStages = kTokens == 64 ? 4 : 3;
-  static constexpr int kBytes = kStages * kStageBytes;
+  static constexpr SparsePlan kOf = kSparsePlans[kPlan];
+  static constexpr int kRowTiles = kOf.row_tiles, kTokenTiles = kOf.token_tiles;
+  static constexpr int kWarpOutputs = 16 * kRowTiles, kWarpTokens = 8 * kTokenTiles;
+  static constexpr int kTokenWarps = kOf.token_warps, kThreads = kOf.threads();
+  static constexpr int kOutputs = kOf.outputs(), kTokens = kOf.tokens();
+  static constexpr int kMeta = kOutputs * kValueBytes, kX = kMeta + kOutputs * kMetaBytes;
+  static constexpr int kStageBytes = kOf.chunk_bytes(), kStages = kOf.stages;
+  static_assert(kStageBytes == kX + kTokens * kSparseChunk && kThreads == kOutputs);
   // Sums are [tokens, outputs]; 2 rows on are 8 banks on, where 4 lanes' tokens and 8 outputs fit in.
-  static constexpr int kSumRow = kBlockOutputs + 4;
-  static_assert(kTokens * kSumRow * 4 <= kBytes && kBytes <= 99 * 1024);
+  static constexpr int kSumRow = kOutputs + 4;
+  static_assert(kWarpTokens * kSumRow * 4 <= kStages * kStageBytes);
 };
 
 // Where a unit of 16 bytes stands in a stage, so that neither copies nor loads meet a bank twice. The
@@ -48,68 +60,59 @@ LLMQ_PTX int token_at(int token, int unit) {
 
 LLMQ_PTX int least(int a, int b) { return a < b ? a : b; }
 
-// Copies chunks: this thread one unit of every 32nd output and every 16th token, and the metadata of
-// one output. Past N and M come zeros; metadata, of which zeros would not be valid, repeats the last.
-template <int kTokens>
-struct Copier {
-  static constexpr int kUnits = kValueBytes / 16, kRows = kThreads / kUnits;
-  static constexpr int kTokenUnits = kSparseChunk / 16, kTokenRows = kThreads / kTokenUnits;
-  const int8_t *weight, *x;
-  const uint8_t* meta;
-  int K, rows, tokens;  // that there are from this thread's first
-  int weight_to, x_to;
+// Copies a chunk: a thread one unit of every kRows-th output and every kTokenRows-th token, and the
+// metadata of one output. Past N and M come zeros; metadata, of which zeros would not be valid,
+// repeats the last. Where it copies from and to is found anew each time: sums need the registers.
+template <class P>
+LLMQ_PTX void copy_chunk(const SparseGemm& g, int n0, int m0, int chunk, unsigned char* stage) {
+  constexpr int kUnits = kValueBytes / 16, kRows = P::kThreads / kUnits;
+  constexpr int kTokenUnits = kSparseChunk / 16, kTokenRows = P::kThreads / kTokenUnits;
+  static_assert(P::kOutputs % kRows == 0 && P::kTokens % kTokenRows == 0);
+  static_assert(kRows % 8 == 0 && kTokenRows % 8 == 0);
+  const int thread = ptx::opaque(static_cast<int>(threadIdx.x));
 
-  LLMQ_PTX Copier(const SparseGemm& g, int n0, int m0, int thread)
-      : K(g.K),
-        rows(g.N - n0 - thread / kUnits),
-        tokens(g.M - m0 - thread / kTokenUnits),
-        weight_to(value_at(thread / kUnits, thread % kUnits)),
-        x_to(Plan<kTokens>::kX + token_at(thread / kTokenUnits, thread % kTokenUnits)) {
-    const int64_t n = n0 + (rows > 0 ? thread / kUnits : 0);
-    const int64_t m = m0 + (tokens > 0 ? thread / kTokenUnits : 0);
-    const int64_t last = least(n0 + thread, g.N - 1);
-    weight = g.weight + n * (K / 2) + thread % kUnits * 16;
-    x = g.x + m * K + thread % kTokenUnits * 16;
-    meta = g.meta + last * (K / 8);
+  const int row = thread / kUnits, rows = g.N - n0 - row;  // that there are from the first on
+  const int8_t* weight = g.weight + int64_t{n0 + row} * (g.K / 2) + thread % kUnits * 16;
+  weight += chunk * kValueBytes;
+  unsigned char* const values = stage + value_at(row, thread % kUnits);
+#pragma unroll
+  for (int i = 0; i < P::kOutputs / kRows; ++i) {
+    ptx::cp_async_16(values + i * kRows * kValueBytes, weight + int64_t{i * kRows} * (g.K / 2),
+                     i * kRows < rows ? 16 : 0);
   }
+  const uint8_t* const meta = g.meta + int64_t{least(n0 + thread, g.N - 1)} * (g.K / 8);
+  ptx::cp_async_16(stage + P::kMeta + meta_at(thread), meta + chunk * kMetaBytes, 16);
+  const int token = thread / kTokenUnits, tokens = g.M - m0 - token;
+  const int8_t* x = g.x + int64_t{m0 + token} * g.K + thread % kTokenUnits * 16;
+  x += chunk * kSparseChunk;
+  unsigned char* const to = stage + P::kX + token_at(token, thread % kTokenUnits);
+#pragma unroll
+  for (int i = 0; i < P::kTokens / kTokenRows; ++i) {
+    ptx::cp_async_16(to + i * kTokenRows * kSparseChunk, x + int64_t{i * kTokenRows} * g.K,
+                     i * kTokenRows < tokens ? 16 : 0);
+  }
+}
 
-  LLMQ_PTX void copy(int chunk, unsigned char* stage, int thread) const {
-    using P = Plan<kTokens>;
-#pragma unroll
-    for (int i = 0; i < kBlockOutputs / kRows; ++i) {
-      const bool there = i * kRows < rows;
-      const int8_t* const from = weight + chunk * kValueBytes;
-      ptx::cp_async_16(stage + weight_to + i * kRows * kValueBytes,
-                       there ? from + static_cast<int64_t>(i * kRows) * (K / 2) : from,
-                       there ? 16 : 0);
-    }
-    ptx::cp_async_16(stage + P::kMeta + meta_at(thread), meta + chunk * kMetaBytes, 16);
-#pragma unroll
-    for (int i = 0; i < kTokens / kTokenRows; ++i) {
-      const bool there = i * kTokenRows < tokens;
-      const int8_t* const from = x + chunk * kSparseChunk;
-      ptx::cp_async_16(stage + x_to + i * kTokenRows * kSparseChunk,
-                       there ? from + static_cast<int64_t>(i * kTokenRows) * K : from,
-                       there ? 16 : 0);
-    }
-  }
+// A thread, and the first output and token of its warp. Found anew after the loop, too.
+template <class P>
+struct Place {
+  int thread = ptx::opaque(static_cast<int>(threadIdx.x)), lane = thread % 32;
+  int row = thread / 32 / P::kTokenWarps * P::kWarpOutputs;
+  int token = thread / 32 % P::kTokenWarps * P::kWarpTokens;
 };
 
-template <int kTokens>
-__global__ void __launch_bounds__(kThreads, 2) sparse_gemm(const SparseGemm g) {
-  using P = Plan<kTokens>;
-  constexpr int kStages = P::kStages, kTokenTiles = P::kTokenTiles;
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const int n0 = static_cast<int>(blockIdx.y) * kBlockOutputs;
-  const int m0 = static_cast<int>(blockIdx.x) * kTokens;
-  const int row0 = warp / 2 * kWarpOutputs, token0 = warp % 2 * (kTokens / 2);
-  const int chunks = g.K / kSparseChunk;
+template <int kPlan>
+__global__ void __launch_bounds__(Plan<kPlan>::kThreads, 256 / Plan<kPlan>::kThreads)
+    sparse_gemm(const SparseGemm g) {
+  using P = Plan<kPlan>;
+  constexpr int kStages = P::kStages, kRowTiles = P::kRowTiles, kTokenTiles = P::kTokenTiles;
+  const int n0 = static_cast<int>(blockIdx.y) * P::kOutputs;
+  const int m0 = static_cast<int>(blockIdx.x) * P::kTokens;
   unsigned char* const stages = ptx::shared_memory();
-  const Copier<kTokens> copier(g, n0, m0, thread);
 
   const auto copy = [&](int chunk) {
-    if (chunk < chunks) {
-      copier.copy(chunk, stages + chunk % kStages * P::kStageBytes, thread);
+    if (chunk * kSparseChunk < g.K) {
+      copy_chunk<P>(g, n0, m0, chunk, stages + chunk % kStages * P::kStageBytes);
     }
     ptx::cp_async_commit();  // also when empty: waits count groups
   };
@@ -117,11 +120,13 @@ __global__ void __launch_bounds__(kThreads, 2) sparse_gemm(const SparseGemm g) {
   for (int i = 0; i < kStages - 1; ++i) copy(i);
 
   // What this lane loads, of the first tile and step.
-  const int a_at = value_at(row0 + lane % 16, lane / 16 * 2);
-  const int b_at = P::kX + token_at(token0 + lane % 8, lane / 8 % 2 + lane / 16 * 4);
-  const int e_at = P::kMeta + meta_at(row0 + lane / 4 + lane % 2 * 8) + lane % 4 / 2 * 8;
+  const Place<P> in;
+  const int lane = in.lane;
+  const int a_at = value_at(in.row + lane % 16, lane / 16 * 2);
+  const int b_at = P::kX + token_at(in.token + lane % 8, lane / 8 % 2 + lane / 16 * 4);
+  const int e_at = P::kMeta + meta_at(in.row + lane / 4 + lane % 2 * 8) + lane % 4 / 2 * 8;
   int32_t sums[kRowTiles][kTokenTiles][4] = {};
-  for (int chunk = 0; chunk < chunks; ++chunk) {
+  for (int chunk = 0; chunk * kSparseChunk < g.K; ++chunk) {
     ptx::cp_async_wait<kStages - 2>();
     ptx::barrier();  // the chunk is there for all, and all have read the one before
     copy(chunk + kStages - 1);
@@ -150,51 +155,62 @@ __global__ void __launch_bounds__(kThreads, 2) sparse_gemm(const SparseGemm g) {
     }
   }
   ptx::cp_async_wait<0>();
-  ptx::barrier();  // the stages have been read
 
+  // The tokens of one column of warps after another: those of all would not fit.
   auto* const tile = reinterpret_cast<int32_t*>(stages);
+  const Place<P> out;
+  const int n = n0 + out.thread;
+  const float scale = n < g.N ? ptx::ld_global(g.scale + n) : 0;
+  const float bias = n < g.N && g.bias != nullptr ? load_float(g.bias, g.bias_dtype, n) : 0;
+#pragma unroll 1
+  for (int column = 0; column < P::kTokenWarps; ++column) {
+    ptx::barrier();  // the stages, or the sums of the column before, have been read
+    if (out.token == column * P::kWarpTokens) {
 #pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
+      for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t) {
+        for (int t = 0; t < kTokenTiles; ++t) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = token0 + t * 8 + lane % 4 * 2 + i % 2;
-        const int row = row0 + r * 16 + lane / 4 + i / 2 * 8;
-        ptx::st_shared(tile + token * P::kSumRow + row, sums[r][t][i]);
+          for (int i = 0; i < 4; ++i) {
+            const int token = t * 8 + out.lane % 4 * 2 + i % 2;
+            const int row = out.row + r * 16 + out.lane / 4 + i / 2 * 8;
+            ptx::st_shared(tile + token * P::kSumRow + row, sums[r][t][i]);
+          }
+        }
       }
     }
-  }
-  ptx::barrier();
-  const int n = n0 + thread, tokens = least(kTokens, g.M - m0);
-  if (n >= g.N) return;
-  const float scale = ptx::ld_global(g.scale + n);
-  const float bias = g.bias == nullptr ? 0 : load_float(g.bias, g.bias_dtype, n);
+    ptx::barrier();
+    const int first = m0 + column * P::kWarpTokens, tokens = least(P::kWarpTokens, g.M - first);
+    if (n >= g.N) continue;
 #pragma unroll 4
-  for (int token = 0; token < tokens; ++token) {
-    const int64_t m = m0 + token;
-    float y = static_cast<float>(ptx::ld_shared(tile + token * P::kSumRow + thread));
-    y = ptx::mul(ptx::mul(y, ptx::ld_global(g.x_scale + m)), scale);
-    if (g.bias != nullptr) y = ptx::add(y, bias);
-    store_float(g.y, g.y_dtype, m * g.N + n, y);
+    for (int token = 0; token < tokens; ++token) {
+      const int64_t m = first + token;
+      float y = static_cast<float>(ptx::ld_shared(tile + token * P::kSumRow + out.thread));
+      y = ptx::mul(ptx::mul(y, ptx::ld_global(g.x_scale + m)), scale);
+      if (g.bias != nullptr) y = ptx::add(y, bias);
+      store_float(g.y, g.y_dtype, m * g.N + n, y);
+    }
   }
 }
 
-template <int kTokens>
-void launch_tokens(const SparseGemm& g, void* stream) {
-  const Launch grid{static_cast<unsigned>(ceil_div(g.M, kTokens)),
-                    static_cast<unsigned>(ceil_div(g.N, kBlockOutputs)),
+template <int kPlan>
+void launch_plan(const SparseGemm& g, void* stream) {
+  if (g.plan != kPlan) {
+    if constexpr (kPlan + 1 < std::size(kSparsePlans)) launch_plan<kPlan + 1>(g, stream);
+    return;
+  }
+  constexpr SparsePlan plan = kSparsePlans[kPlan];
+  const Launch grid{static_cast<unsigned>(ceil_div(g.M, plan.tokens())),
+                    static_cast<unsigned>(ceil_div(g.N, plan.outputs())),
                     1,
-                    kThreads,
-                    Plan<kTokens>::kBytes,
+                    static_cast<unsigned>(plan.threads()),
+                    static_cast<size_t>(plan.bytes()),
                     stream};
-  launch(sparse_gemm<kTokens>, grid, g);
+  launch(sparse_gemm<kPlan>, grid, g);
 }
 
 }  // namespace
 
-void semi_structured_gemm(const SparseGemm& g, void* stream) {
-  g.block_tokens == 64 ? launch_tokens<64>(g, stream) : launch_tokens<128>(g, stream);
-}
+void semi_structured_gemm(const SparseGemm& g, void* stream) { launch_plan<0>(g, stream); }
 
 }  // namespace llmq::cuda

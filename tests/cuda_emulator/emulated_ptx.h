@@ -177,6 +177,8 @@ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c, T type) {
   return d;
 }
 
+inline int opaque(int a) { return a; }
+
 template <int kTable>
 uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d = 0;

@@ -45,7 +45,7 @@ class SparseGemm(ctypes.Structure):
     _fields_ = (
         *(("x", P), ("x_scale", P), ("weight", P), ("meta", P), ("scale", P), ("bias", P)),
         *(("bias_dtype", INT), ("y", P), ("y_dtype", INT)),
-        *(("M", INT), ("N", INT), ("K", INT), ("block_tokens", INT)),
+        *(("M", INT), ("N", INT), ("K", INT), ("plan", INT)),
     )
 
 
@@ -203,7 +203,7 @@ def semi_structured(
     memory: dict[str, Tensor],
     *,
     dtype: torch.dtype,
-    block_tokens: int,
+    plan: int,
     loaded: ctypes.CDLL | None = None,
 ) -> tuple[Tensor, Counters]:
     """Return y [M, N] of a SparseGemm, whose fields are the tensors `memory` names."""
@@ -217,7 +217,7 @@ def semi_structured(
         M=M,
         N=N,
         K=K,
-        block_tokens=block_tokens,
+        plan=plan,
     )
     counters = launch(loaded or library(), "run_semi_structured", ctypes.byref(g), memory=memory)
     return y, counters
