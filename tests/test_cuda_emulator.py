@@ -113,26 +113,55 @@ def test_planted_bugs_are_caught(bug: str, tmp_path: Path) -> None:
         emulator.small_gemm("run_int8", codes, memory, **shape)
 
 
-# Metadata of other lanes' rows, or of the other step: neither may go unnoticed.
-WRONG_METADATA = {
-    "none": ("", ""),
-    "lanes are mixed up": ("+ lane % 2 * 8) + lane % 4 / 2", "+ lane % 4 / 2 * 8) + lane % 2"),
-    "steps are swapped": ("meta[r].word[step]", "meta[r].word[step ^ 1]"),
+# What is replaced in the 2:4 kernels, by what, with which plan, and what the emulator says: "" is
+# nothing, while the result is wrong. Plan 5 multiplies with wgmma.
+SPARSE_BUGS = {
+    "none": ("", "", 0, None),
+    "lanes are mixed up": (
+        *("+ lane % 2 * 8) + lane % 4 / 2", "+ lane % 4 / 2 * 8) + lane % 2", 0, ""),
+    ),
+    "steps are swapped": ("meta[r].word[step]", "meta[r].word[step ^ 1]", 0, ""),
+    "none with wgmma": ("", "", 5, None),
+    "lanes are mixed up with wgmma": (
+        *("+ lane % 2 * 8) + lane % 4 / 2", "+ lane % 4 / 2 * 8) + lane % 2", 5, ""),
+    ),
+    "units are not side by side": ("kWgmma ? unit % 2 * 2 + unit / 2 : unit", "unit", 5, ""),
+    "units are not swizzled": (
+        *("row * kValueBytes + (unit ^ row / 2 % 4) * 16", "row * kValueBytes + unit * 16", 5, ""),
+    ),
+    "wgmma is not told of copies": (
+        *("ptx::fence_proxy_async();", "", 5, "no fence.proxy.async and barrier between a write"),
+    ),
+    "wgmma is not fenced": ("ptx::wgmma_fence();", "", 5, "wgmma without wgmma.fence"),
+    "copies come too early": (
+        *(
+            "copy(chunk + kStages - 1);\n      ptx::wgmma_wait",
+            "copy(chunk + kStages);\n      ptx::wgmma_wait",
+        ),
+        *(5, "written while wgmma reads it"),
+    ),
+    "products are not waited for": (
+        *("ptx::wgmma_wait<0>();", "ptx::wgmma_wait<1>();", 5, "written while wgmma reads it"),
+    ),
+    "warpgroups read another's values": (
+        *("stage + group_row * kValueBytes", "stage + row * kValueBytes", 5),
+        "warps of a warpgroup issue different wgmma",
+    ),
 }
 
 
-@pytest.mark.parametrize("bug", WRONG_METADATA)
-def test_wrong_metadata_changes_the_result(bug: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bug", SPARSE_BUGS)
+def test_planted_bugs_of_the_sparse_kernels_are_caught(bug: str, tmp_path: Path) -> None:
     folder = tmp_path / "csrc" / "cuda"
     shutil.copytree(emulator.CUDA, folder)
     source = folder / "semi_structured_linear.cu"
-    old, new = WRONG_METADATA[bug]
+    old, new, plan, message = SPARSE_BUGS[bug]
     assert old in source.read_text(), "the line that this test breaks is no longer there"
     if old:
         source.write_text(source.read_text().replace(old, new))
     loaded = emulator.load([source], tmp_path / "kernels.so", "-O0")
 
-    M, N, K = 3, 16, 128
+    M, N, K = 3, 16, 768
     codes = torch.randint(-127, 128, (M, K), generator=generator(1), dtype=torch.int8)
     dense = torch.randint(1, 128, (N, K), generator=generator(2), dtype=torch.int8)
     ranks = torch.rand(N, K // 4, 4, generator=generator(3)).argsort(-1).argsort(-1)
@@ -140,5 +169,10 @@ def test_wrong_metadata_changes_the_result(bug: str, tmp_path: Path) -> None:
     stored = semi_structured.encode(dense)
     memory = {"weight": stored.weight, "meta": stored.weight_meta}
     memory |= {"scale": torch.ones(N, 1), "x_scale": torch.ones(M, 1)}
-    y, _ = emulator.semi_structured(codes, memory, dtype=torch.float32, plan=0, loaded=loaded)
-    assert torch.equal(y, (codes.int() @ dense.int().T).float()) == (bug == "none")
+    shape = {"dtype": torch.float32, "plan": plan, "loaded": loaded}
+    if message:
+        with pytest.raises(RuntimeError, match=message):
+            emulator.semi_structured(codes, memory, **shape)
+        return
+    y, _ = emulator.semi_structured(codes, memory, **shape)
+    assert torch.equal(y, (codes.int() @ dense.int().T).float()) == (message is None)

@@ -257,7 +257,7 @@ SPARSE_SHAPES = (
     *((1, 1, 128), (7, 17, 256), (63, 127, 384), (64, 128, 512), (65, 129, 640)),
     *((127, 5, 128), (128, 16, 896), (129, 257, 128), (191, 255, 256), (193, 31, 384)),
 )
-SPARSE_PLANS = range(5)
+SPARSE_PLANS = range(6)
 
 
 @pytest.mark.parametrize("plan", SPARSE_PLANS)
@@ -300,23 +300,28 @@ def test_places_that_do_not_ascend_are_an_error_of_the_emulator() -> None:
         emulator.semi_structured(codes, memory, dtype=torch.float32, plan=0)
 
 
-# Multiprocessors and shared memory of a block: A100, H100, and those with 99 KB.
-SPARSE_DEVICES = {"A100": (108, 163), "H100": (132, 227), "L40S": (142, 99)}
+# Multiprocessors, shared memory of a block in KB, wgmma; the plan for many tokens, whose mma take
+# the fewest cycles of shared memory.
+SPARSE_DEVICES = {
+    "A100": (108, 163, False, 4),
+    "H100": (132, 227, True, 5),
+    "H100, nothing compiled for it": (132, 227, False, 4),
+    "L40S": (142, 99, False, 2),
+}
 
 
 @pytest.mark.parametrize("name", SPARSE_DEVICES)
 def test_plans_fill_the_device_and_fit_it(name: str) -> None:
-    multiprocessors, kilobytes = SPARSE_DEVICES[name]
+    multiprocessors, kilobytes, wgmma, most = SPARSE_DEVICES[name]
     loaded = emulator.library()
     assert loaded.sparse_plans() == len(SPARSE_PLANS), "plans that are not tested"
 
     def choose(M: int, N: int) -> int:
         int64 = ctypes.c_int64
-        return loaded.choose_plan(int64(M), int64(N), multiprocessors, kilobytes * 1024)
+        return loaded.choose_plan(int64(M), int64(N), multiprocessors, kilobytes * 1024, wgmma)
 
     assert choose(64, 4096) == choose(1, 1) == 0, "the smallest, where it has blocks too few"
     for M in (64, 200, 2048, 65536):
         for N in (128, 4096, 11008):
             assert loaded.sparse_plan_bytes(choose(M, N)) <= kilobytes * 1024, (M, N)
-    # Many blocks: the fewest bytes that an mma takes of shared memory.
-    assert choose(65536, 11008) == (2 if name == "L40S" else 4)
+    assert choose(65536, 11008) == most

@@ -67,20 +67,22 @@ void bitmap_expand(const SmallGemm& g, int value_bytes, void* stream);  // into 
 
 inline constexpr int kSparseChunk = 128;  // inputs: 64 bytes of values, 16 of metadata of an output
 
-// How the 2:4 kernel shares out its work: a block has row_warps × token_warps warps, each of
-// row_tiles × token_tiles tiles of 16 outputs and 8 tokens, and so many chunks in shared memory.
+// How the 2:4 kernel shares out its work: a block has row_warps × token_warps warps, or warpgroups of 4
+// where they multiply with wgmma, each of row_tiles × token_tiles tiles of 16 outputs and 8 tokens; and
+// so many chunks in shared memory.
 struct SparsePlan {
   int row_tiles, token_tiles, row_warps, token_warps, stages;
+  bool wgmma;
 
   constexpr int outputs() const { return row_warps * row_tiles * 16; }
   constexpr int tokens() const { return token_warps * token_tiles * 8; }
-  constexpr int threads() const { return row_warps * token_warps * 32; }
+  constexpr int threads() const { return row_warps * token_warps * (wgmma ? 128 : 32); }
   constexpr int chunk_bytes() const {
     return outputs() * (kSparseChunk / 2 + kSparseChunk / 8) + tokens() * kSparseChunk;
   }
   constexpr int bytes() const { return stages * chunk_bytes(); }
   // Cycles that shared memory takes for a chunk, 128 bytes each: what comes in, and what warps load,
-  // the tokens once a row of warps and values and metadata once a column.
+  // the tokens once a row of them and values and metadata once a column.
   constexpr int wavefronts() const {
     const int of_outputs = outputs() * (kSparseChunk / 2 + kSparseChunk / 8);
     const int of_tokens = tokens() * kSparseChunk;
@@ -88,23 +90,25 @@ struct SparsePlan {
   }
 };
 inline constexpr SparsePlan kSparsePlans[] = {
-    {4, 4, 2, 2, 4},   // 128 outputs × 64 tokens
-    {4, 8, 2, 2, 3},   // 128 × 128
-    {4, 8, 4, 2, 2},   // 256 × 128, in 99 KB
-    {4, 8, 4, 2, 3},   // 256 × 128
-    {4, 12, 4, 2, 3},  // 256 × 192
+    {4, 4, 2, 2, 4, false},   // 128 outputs × 64 tokens
+    {4, 8, 2, 2, 3, false},   // 128 × 128
+    {4, 8, 4, 2, 2, false},   // 256 × 128, in 99 KB
+    {4, 8, 4, 2, 3, false},   // 256 × 128
+    {4, 12, 4, 2, 3, false},  // 256 × 192
+    {4, 24, 4, 1, 5, true},   // 256 × 192
 };
 
 // The plan with which the multiprocessor that has most to do is done first, if shared memory is what
 // it waits for; of equal ones the last.
-constexpr int choose_sparse_plan(int64_t M, int64_t N, int multiprocessors, int shared_bytes) {
+constexpr int choose_sparse_plan(int64_t M, int64_t N, int multiprocessors, int shared_bytes,
+                                 bool wgmma) {
   int best = 0;
   int64_t least = INT64_MAX;
   for (int i = 0; i < static_cast<int>(std::size(kSparsePlans)); ++i) {
     const SparsePlan& plan = kSparsePlans[i];
     const int64_t blocks = ceil_div(N, plan.outputs()) * ceil_div(M, plan.tokens());
     const int64_t cycles = ceil_div(blocks, multiprocessors) * plan.wavefronts();
-    if (plan.bytes() <= shared_bytes && cycles <= least) {
+    if (plan.bytes() <= shared_bytes && (wgmma || !plan.wgmma) && cycles <= least) {
       best = i;
       least = cycles;
     }
@@ -127,6 +131,7 @@ struct SparseGemm {
   int plan;     // of kSparsePlans
 };
 void semi_structured_gemm(const SparseGemm& g, void* stream);
+bool semi_structured_has_wgmma();  // of the current device, and compiled for it
 
 // quantize_activation: symmetric int8 codes, one scale a token or group of inputs, as
 // llmq/formats/activation.py to the bit.

@@ -12,6 +12,8 @@
 //                  metadata of every lane (selector 0): row g + 8·(t % 2), columns 32·(t / 2) … + 31,
 //                  from the low nibble on one for 4 columns: first place | second << 2
 //   c, d           c0, c1 row g, columns 2t, 2t+1     c2, c3 row g+8
+// wgmma m64n192k64 s8, of 4 warps: metadata and d of warp w are those of m16n8k64 for rows 16·w … + 15,
+// of which d has 24, one for 8 columns.
 #pragma once
 
 #include <cstddef>
@@ -73,12 +75,22 @@ void launch(void (*kernel)(Parameters...), const Launch& l, Parameters... argume
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 
+// Whether what the current device runs of a kernel was compiled for this architecture, and not for an
+// older one from whose PTX the driver went on.
+template <class... Parameters>
+bool compiled_for(void (*kernel)(Parameters...), int arch) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+  return attributes.binaryVersion == arch && attributes.ptxVersion == arch;
+}
+
 namespace ptx {
 
 // Memory
 
 LLMQ_PTX unsigned char* shared_memory() {
-  extern __shared__ __align__(16) unsigned char bytes[];
+  extern __shared__ __align__(1024) unsigned char bytes[];
   return bytes;
 }
 
@@ -208,6 +220,42 @@ LLMQ_PTX void mma_sp(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b
         "r"(metadata));
 }
 
+// Products of a warpgroup of 4 warps that read shared memory on their own, of sm_90a alone.
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+inline constexpr bool kHasWgmma = true;
+#else
+inline constexpr bool kHasWgmma = false;
+#endif
+
+// What this thread has written in shared memory will be seen by wgmma, once a barrier says so.
+LLMQ_PTX void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+LLMQ_PTX void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+LLMQ_PTX void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+LLMQ_PTX void wgmma_wait() {  // until at most kPending groups of this warp are under way
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+#define LLMQ_4(d, i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
+#define LLMQ_16(d, i) LLMQ_4(d, i), LLMQ_4(d, i + 4), LLMQ_4(d, i + 8), LLMQ_4(d, i + 12)
+// d, a, b and metadata belong to it until it was waited for; a fence before the first of a group.
+LLMQ_PTX void wgmma_sp(int32_t (&d)[96], uint64_t a, uint64_t b, uint32_t metadata) {
+  asm volatile(
+      "wgmma.mma_async.sp.sync.aligned.m64n192k64.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "
+      "%96, %97, %98, 0, 1;"
+      : LLMQ_16(d, 0), LLMQ_16(d, 16), LLMQ_16(d, 32), LLMQ_16(d, 48), LLMQ_16(d, 64),
+        LLMQ_16(d, 80)
+      : "l"(a), "l"(b), "r"(metadata));
+}
+#undef LLMQ_4
+#undef LLMQ_16
+
 // Bits and numbers
 
 // a, of which the compiler knows nothing: what follows from it is found here and kept in no register
@@ -268,3 +316,16 @@ LLMQ_PTX float div(float a, float b) { return __fdiv_rn(a, b); }
 }  // namespace ptx
 }  // namespace llmq
 #endif
+
+namespace llmq::ptx {
+
+// What a matrix of wgmma is in shared memory: rows of 128 (64) bytes, from a multiple of 1024 (512) on,
+// whose unit of 16 bytes stands at unit ^ row % 8 (unit ^ row / 2 % 4); `start` may be within a row.
+template <int kRowBytes>
+LLMQ_PTX uint64_t wgmma_matrix(const void* start) {
+  static_assert(kRowBytes == 128 || kRowBytes == 64);
+  constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : 2, kEightRows = 8 * kRowBytes / 16;
+  return kSwizzle << 62 | kEightRows << 32 | 1u << 16 | (shared_address(start) & 0x3ffff) >> 4;
+}
+
+}  // namespace llmq::ptx

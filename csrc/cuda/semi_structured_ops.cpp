@@ -25,20 +25,20 @@ Tensor semi_structured_linear(const Tensor& given, const Tensor& given_weight,
   const Tensor y = empty_output(x, N);
   const SmallGemm same = gemm_of(kOp, x, bias, y);
   const Quantized q = quantize(kOp, x, 0, device);
-  const SparseGemm g{
-      .x = static_cast<const int8_t*>(q.first.const_data_ptr()),
-      .x_scale = static_cast<const float*>(q.second.const_data_ptr()),
-      .weight = static_cast<const int8_t*>(weight.const_data_ptr()),
-      .meta = static_cast<const uint8_t*>(meta.const_data_ptr()),
-      .scale = scales(kOp, *weight_scale, N),
-      .bias = same.bias,
-      .bias_dtype = same.bias_dtype,
-      .y = same.y,
-      .y_dtype = same.y_dtype,
-      .M = same.M,
-      .N = same.N,
-      .K = same.K,
-      .plan = choose_sparse_plan(same.M, same.N, device.multiprocessors, device.shared_bytes)};
+  const SparseGemm g{.x = static_cast<const int8_t*>(q.first.const_data_ptr()),
+                     .x_scale = static_cast<const float*>(q.second.const_data_ptr()),
+                     .weight = static_cast<const int8_t*>(weight.const_data_ptr()),
+                     .meta = static_cast<const uint8_t*>(meta.const_data_ptr()),
+                     .scale = scales(kOp, *weight_scale, N),
+                     .bias = same.bias,
+                     .bias_dtype = same.bias_dtype,
+                     .y = same.y,
+                     .y_dtype = same.y_dtype,
+                     .M = same.M,
+                     .N = same.N,
+                     .K = same.K,
+                     .plan = choose_sparse_plan(same.M, same.N, device.multiprocessors,
+                                                device.shared_bytes, semi_structured_has_wgmma())};
   semi_structured_gemm(g, device.stream);
   return y;
 }

@@ -52,8 +52,8 @@ size_t quantize_rows_size() { return sizeof(QuantizeRows); }
 
 int sparse_plans() { return static_cast<int>(std::size(kSparsePlans)); }
 int sparse_plan_bytes(int plan) { return kSparsePlans[plan].bytes(); }
-int choose_plan(int64_t M, int64_t N, int multiprocessors, int shared_bytes) {
-  return choose_sparse_plan(M, N, multiprocessors, shared_bytes);
+int choose_plan(int64_t M, int64_t N, int multiprocessors, int shared_bytes, bool wgmma) {
+  return choose_sparse_plan(M, N, multiprocessors, shared_bytes, wgmma);
 }
 
 const char* run_weight_only(const SmallGemm* g, int bits) {

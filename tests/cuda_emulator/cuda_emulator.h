@@ -3,8 +3,10 @@
 // Each thread of a block is a fiber; it runs until a barrier or a warp instruction, and the lanes of
 // a warp (the threads of a block) must meet at the same one, on the same line of source. Shared
 // memory starts as poison. Reading what no barrier orders after its write, reading what cp.async has
-// not delivered, leaving the registered global memory, and odd addresses are errors. Blocks run one
-// after another, in an order that `seed` shuffles.
+// not delivered, leaving the registered global memory, and odd addresses are errors. So is what wgmma,
+// which runs on its own, reads without a fence after the write, or is overwritten while it reads; its
+// sums are poison until it was waited for. Blocks run one after another, in an order that `seed`
+// shuffles.
 #pragma once
 
 #include <setjmp.h>
@@ -71,9 +73,9 @@ class Block {
  public:
   Index position{}, grid{};
 
-  Block(unsigned threads, size_t shared_bytes) : threads_(threads), shared_(shared_bytes + 16) {
+  Block(unsigned threads, size_t shared_bytes) : threads_(threads), shared_(shared_bytes + 1024) {
     shadow_.resize(shared_bytes);
-    base_ = shared_.data() + (16 - reinterpret_cast<uintptr_t>(shared_.data()) % 16) % 16;
+    base_ = shared_.data() + (1024 - reinterpret_cast<uintptr_t>(shared_.data()) % 1024) % 1024;
     std::memset(base_, 0xff, shared_bytes);  // NaN in every float type
     if (stacks().size() < threads) stacks().resize(threads);
     for (auto& stack : stacks()) {
@@ -101,6 +103,11 @@ class Block {
     }
     for (const Thread& thread : threads_) {
       if (thread.state != State::done) stuck();
+    }
+    for (const Async& warp : async_) {
+      if (!warp.open.empty() || !warp.groups.empty()) {
+        throw std::runtime_error("a warp ends before its wgmma was waited for");
+      }
     }
     account_all();
   }
@@ -234,11 +241,82 @@ class Block {
           b.writer = current_;
           b.write_block = block_epoch_;
           b.write_warp = warp_epoch(current_ / kWarp);
+          b.write_fences = self.fences;
         }
       }
       self.groups.erase(self.groups.begin());
     }
   }
+
+  // -- wgmma, of the warp that the current thread is the last of to come ----------------------------
+
+  size_t offset_of(const void* shared) const {
+    return static_cast<size_t>(static_cast<const char*>(shared) - base_);
+  }
+  void fence_async() { ++threads_[current_].fences; }
+  void fence_products() { async_[current_ / kWarp].fenced = true; }
+
+  // Runs `perform` when it is waited for; until then it reads units of 16 bytes, eight at once. What
+  // the four warps of a warpgroup issue must be the same `operands`.
+  void issue(const std::vector<size_t>& units, std::vector<uint64_t> operands,
+             std::function<void()> perform, const Site& site) {
+    const unsigned warp = current_ / kWarp;
+    Async& mine = async_[warp];
+    if (!mine.fenced) fail("wgmma without wgmma.fence before the first of its group", site);
+    for (unsigned other = warp / 4 * 4; other < warp / 4 * 4 + 4; ++other) {
+      const auto& issued = async_[other].issued;
+      if (issued.size() > mine.issued.size() && issued[mine.issued.size()] != operands) {
+        fail("warps of a warpgroup issue different wgmma", site);
+      }
+    }
+    mine.issued.push_back(std::move(operands));
+    for (const size_t unit : units) {
+      if (unit + 16 > shadow_.size()) fail("shared access out of bounds", site);
+      for (size_t i = unit; i < unit + 16; ++i) {
+        Byte& b = shadow_[i];
+        if (b.pending) fail("shared memory is read before cp.async was waited for", site);
+        if (b.writer == kNone) fail("shared memory is read that was never written", site);
+        if (unordered(b.writer, b.write_block, b.write_warp)) {
+          fail("no barrier between a write and wgmma", site);
+        }
+        if (threads_[b.writer].fences_at_barrier <= b.write_fences) {
+          fail("no fence.proxy.async and barrier between a write and wgmma", site);
+        }
+        ++b.read_async;
+      }
+    }
+    for (size_t i = 0; i < units.size(); i += 8) {
+      int64_t banks[8] = {};
+      for (size_t j = i; j < i + 8; ++j) ++banks[units[j] / 16 % 8];
+      machine().counters.shared_wavefronts += *std::max_element(banks, banks + 8);
+      ++machine().counters.shared_ideal_wavefronts;
+    }
+    mine.open.push_back({units, std::move(perform)});
+  }
+  void commit_products() {
+    Async& mine = async_[current_ / kWarp];
+    mine.groups.push_back(std::move(mine.open));
+    mine.open.clear();
+    mine.fenced = false;
+  }
+  void wait_products(size_t pending) {
+    Async& mine = async_[current_ / kWarp];
+    while (mine.groups.size() > pending) {
+      for (const Product& product : mine.groups.front()) {
+        product.perform();
+        for (const size_t unit : product.units) {
+          for (size_t i = unit; i < unit + 16; ++i) --shadow_[i].read_async;
+        }
+      }
+      mine.groups.erase(mine.groups.begin());
+    }
+  }
+  // Sums that are under way, by where they will stand, and how many products add to them.
+  struct Sums {
+    std::vector<int32_t> values;
+    int products;
+  };
+  std::map<int32_t*, Sums> sums;
 
  private:
   enum class Space { global, weight, shared };
@@ -258,14 +336,27 @@ class Block {
     void* arguments = nullptr;
     std::vector<Copy> copies;
     std::vector<std::vector<Copy>> groups;
+    uint32_t fences = 0, fences_at_barrier = 0;
     std::map<unsigned, unsigned> visits;  // of a line since the last warp instruction
   };
   // Who last wrote and read a byte of shared memory, and after how many barriers.
   struct Byte {
     unsigned writer = kNone, reader = kNone;
     uint32_t write_block = 0, write_warp = 0, read_block = 0, read_warp = 0;
+    uint32_t write_fences = 0;   // of the writer, before
+    uint32_t read_async = 0;     // by so many wgmma that are under way
     bool pending = false;        // a cp.async is on its way
     bool read_by_lanes = false;  // by several lanes of reader's warp since they last met
+  };
+  struct Product {
+    std::vector<size_t> units;
+    std::function<void()> perform;
+  };
+  struct Async {  // of a warp
+    bool fenced = false;
+    std::vector<Product> open;
+    std::vector<std::vector<Product>> groups;
+    std::vector<std::vector<uint64_t>> issued;
   };
   struct Access {
     uintptr_t address;
@@ -339,6 +430,7 @@ class Block {
         throw std::runtime_error(error_);
       }
       threads_[i].state = State::ready;
+      threads_[i].fences_at_barrier = threads_[i].fences;
     }
     ++block_epoch_;
     return true;
@@ -375,6 +467,7 @@ class Block {
   // The current thread writes a byte: every earlier write and read must be ordered before.
   void own(Byte& b, const Site& site) {
     if (b.pending) fail("shared memory is written before cp.async was waited for", site);
+    if (b.read_async > 0) fail("shared memory is written while wgmma reads it", site);
     if (unordered(b.writer, b.write_block, b.write_warp)) {
       fail("no barrier between two writes, one of thread " + std::to_string(b.writer), site);
     }
@@ -386,6 +479,7 @@ class Block {
     b.writer = current_;
     b.write_block = block_epoch_;
     b.write_warp = warp_epoch(current_ / kWarp);
+    b.write_fences = threads_[current_].fences;
     b.reader = kNone;
     b.read_by_lanes = false;
   }
@@ -465,6 +559,7 @@ class Block {
   std::string error_;
   uint32_t block_epoch_ = 1;
   uint32_t warp_epochs_[32] = {};
+  Async async_[32];
   std::map<std::pair<unsigned, unsigned>, std::vector<Access>> accesses_[32];
 };
 

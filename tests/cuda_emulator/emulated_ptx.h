@@ -15,6 +15,11 @@ void launch(void (*kernel)(Parameters...), const Launch& l, Parameters... argume
   emulator::run_grid({l.x, l.y, l.z}, l.threads, l.shared_bytes, [&] { kernel(arguments...); });
 }
 
+template <class... Parameters>
+bool compiled_for(void (*)(Parameters...), int) {
+  return true;
+}
+
 namespace ptx {
 
 using emulator::block;
@@ -270,31 +275,138 @@ inline void mma(int32_t (&d)[4], const uint32_t (&a)[2], uint32_t b, int8_t type
   mma(d, {a[0], a[1], 0, 0}, {b, 0}, type, site);
 }
 
+// Input k of row `row` (0 … 15) of a 2:4 sparse a whose value i is kept(row, i): 0, or what was kept.
+template <class Kept>
+int32_t sparse_element(MmaArguments<int32_t>* const* lanes, int row, int k, const Kept& kept) {
+  const int four = k / 4;
+  const uint32_t word = lanes[row % 8 * 4 + row / 8 + four / 8 * 2]->meta;
+  const int places = static_cast<int>(word >> (four % 8 * 4) & 15);
+  if (k % 4 == (places & 3)) return kept(row, four * 2);
+  if (k % 4 == places >> 2) return kept(row, four * 2 + 1);
+  return 0;
+}
+inline void check_metadata(MmaArguments<int32_t>* const* lanes, const char* what, Site site) {
+  for (int lane = 0; lane < kWarp; ++lane) {
+    for (int four = 0; four < 8; ++four) {
+      const uint32_t places = lanes[lane]->meta >> (four * 4) & 15;
+      if ((places & 3) >= places >> 2) {
+        block().fail(std::string(what) + ": metadata does not ascend", site);
+      }
+    }
+  }
+}
+
 inline void mma_sp(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
                    uint32_t metadata, Site site = Site::current()) {
   MmaArguments<int32_t> mine{d, a, b, metadata};
   block().together("mma_sp", site, mine, [&](MmaArguments<int32_t>* const* lanes) {
-    const auto places = [&](int row, int four) {  // of the values kept of four inputs
-      return lanes[row % 8 * 4 + row / 8 + four / 8 * 2]->meta >> (four % 8 * 4) & 15;
+    check_metadata(lanes, "mma.sp", site);
+    const auto kept = [&](int row, int i) {
+      return byte_of(lanes[row % 8 * 4 + i % 16 / 4]->a[i / 16 * 2 + row / 8], i % 4);
     };
-    for (int row = 0; row < 16; ++row) {
-      for (int four = 0; four < 16; ++four) {
-        if ((places(row, four) & 3) >= places(row, four) >> 2) {
-          block().fail("mma.sp: metadata does not ascend", site);
-        }
-      }
-    }
     multiply(
-        lanes, 64,
-        [&](int row, int k) {
-          const int place = k % 4, first = places(row, k / 4) & 3, second = places(row, k / 4) >> 2;
-          if (place != first && place != second) return 0;
-          const int kept = k / 4 * 2 + (place == second);
-          return byte_of(lanes[row % 8 * 4 + kept % 16 / 4]->a[kept / 16 * 2 + row / 8], kept % 4);
-        },
+        lanes, 64, [&](int row, int k) { return sparse_element(lanes, row, k, kept); },
         [&](int k, int column) {
           return byte_of(lanes[column * 4 + k % 16 / 4]->b[k / 16], k % 4);
         });
+  });
+}
+
+// wgmma: matrices are read through descriptors, when the product is waited for.
+
+inline constexpr bool kHasWgmma = true;
+
+inline uint64_t shared_address(const void* p) { return block().offset_of(p); }
+
+inline void fence_proxy_async() { block().fence_async(); }
+inline void warp_does(const char* name, Site site, const std::function<void()>& what) {
+  int none = 0;
+  block().together(name, site, none, [&](int* const*) { what(); });
+}
+inline void wgmma_fence(Site site = Site::current()) {
+  warp_does("wgmma_fence", site, [] { block().fence_products(); });
+}
+inline void wgmma_commit(Site site = Site::current()) {
+  warp_does("wgmma_commit", site, [] { block().commit_products(); });
+}
+template <int kPending>
+void wgmma_wait(Site site = Site::current()) {
+  warp_does("wgmma_wait", site, [] { block().wait_products(kPending); });
+}
+
+// The matrix of a descriptor, K-major: where the unit of 16 bytes `unit` of a row stands.
+struct WgmmaMatrix {
+  size_t start, eight_rows;
+  int swizzle;  // of so many bits
+  WgmmaMatrix(uint64_t descriptor, Site site)
+      : start((descriptor & 0x3fff) << 4), eight_rows((descriptor >> 32 & 0x3fff) << 4) {
+    const uint64_t type = descriptor >> 62;  // 0 none, 1 128 bytes, 2 64, 3 32
+    if (type == 0 || (descriptor >> 49 & 7) != 0) {
+      block().fail("a descriptor that is not emulated", site);
+    }
+    swizzle = 4 - static_cast<int>(type);
+    if (eight_rows % (size_t{128} << swizzle) != 0) block().fail("rows off their swizzle", site);
+  }
+  size_t at(int row, int unit) const {
+    const size_t row_bytes = size_t{16} << swizzle;
+    const size_t address = start + row / 8 * eight_rows + row % 8 * row_bytes + unit * 16;
+    return address ^ (address >> 7 & ((size_t{1} << swizzle) - 1)) << 4;
+  }
+};
+
+inline void wgmma_sp(int32_t (&d)[96], uint64_t a, uint64_t b, uint32_t metadata,
+                     Site site = Site::current()) {
+  constexpr int kColumns = 192;
+  MmaArguments<int32_t> mine{d, nullptr, nullptr, metadata};
+  block().together("wgmma_sp", site, mine, [&](MmaArguments<int32_t>* const* given) {
+    check_metadata(given, "wgmma.sp", site);
+    const WgmmaMatrix values(a, site), tokens(b, site);
+    const int warp = static_cast<int>(block().index().x) / kWarp % 4;
+    std::vector<size_t> units;  // eight rows at once; tokens are read once, for all four warps
+    for (int row = warp * 16; row < warp * 16 + 16; row += 8) {
+      for (int i = 0; i < 16; ++i) units.push_back(values.at(row + i % 8, i / 8));
+    }
+    for (int column = 0; warp == 0 && column < kColumns; column += 8) {
+      for (int i = 0; i < 32; ++i) units.push_back(tokens.at(column + i % 8, i / 8));
+    }
+    std::vector<MmaArguments<int32_t>> lanes;
+    for (int lane = 0; lane < kWarp; ++lane) {
+      lanes.push_back(*given[lane]);
+      auto& sums = block().sums[given[lane]->d];
+      if (sums.products++ == 0) {
+        sums.values.assign(given[lane]->d, given[lane]->d + 96);
+        std::fill_n(given[lane]->d, 96, 0x7f7f7f7f);
+      }
+    }
+    const auto perform = [=] {
+      emulator::machine().counters.mma += kColumns / 8;
+      MmaArguments<int32_t> copies[kWarp];
+      MmaArguments<int32_t>* pointers[kWarp];
+      for (int lane = 0; lane < kWarp; ++lane) {
+        copies[lane] = lanes[lane];
+        pointers[lane] = &copies[lane];
+      }
+      const auto* const shared = reinterpret_cast<const int8_t*>(block().shared());
+      const auto kept = [&](int row, int i) -> int32_t {
+        return shared[values.at(warp * 16 + row, i / 16) + i % 16];
+      };
+      for (int row = 0; row < 16; ++row) {
+        int32_t of_row[64];
+        for (int k = 0; k < 64; ++k) of_row[k] = sparse_element(pointers, row, k, kept);
+        for (int column = 0; column < kColumns; ++column) {
+          int32_t sum = 0;
+          for (int k = 0; k < 64; ++k)
+            sum += of_row[k] * shared[tokens.at(column, k / 16) + k % 16];
+          const int lane = row % 8 * 4 + column % 8 / 2;
+          block().sums[lanes[lane].d].values[column / 8 * 4 + row / 8 * 2 + column % 2] += sum;
+        }
+      }
+      for (int lane = 0; lane < kWarp; ++lane) {
+        auto& sums = block().sums[lanes[lane].d];
+        if (--sums.products == 0) std::copy_n(sums.values.begin(), 96, lanes[lane].d);
+      }
+    };
+    block().issue(units, {a, b}, perform, site);
   });
 }
 
