@@ -75,14 +75,13 @@ void launch(void (*kernel)(Parameters...), const Launch& l, Parameters... argume
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 
-// Whether what the current device runs of a kernel was compiled for this architecture, and not for an
-// older one from whose PTX the driver went on.
+// What the kernel's launch bounds are in the code that the current device runs.
 template <class... Parameters>
-bool compiled_for(void (*kernel)(Parameters...), int arch) {
+int max_threads(void (*kernel)(Parameters...)) {
   cudaFuncAttributes attributes{};
   const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
-  return attributes.binaryVersion == arch && attributes.ptxVersion == arch;
+  return attributes.maxThreadsPerBlock;
 }
 
 namespace ptx {

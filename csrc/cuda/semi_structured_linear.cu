@@ -215,9 +215,10 @@ __global__ void __launch_bounds__(Plan<kPlan>::kThreads, 256 / Plan<kPlan>::kThr
 
 // The same by wgmma: warpgroups of 4 warps take 64 outputs each and read the tokens once for all four.
 // A chunk is waited for before the metadata of the next may come into registers; what is copied
-// meanwhile hides that.
+// meanwhile hides that. Code for other GPUs is empty, and its launch bounds tell.
 template <int kPlan>
-__global__ void __launch_bounds__(Plan<kPlan>::kThreads, 1) sparse_wgmma(const SparseGemm g) {
+__global__ void __launch_bounds__(ptx::kHasWgmma ? Plan<kPlan>::kThreads : 32, 1)
+    sparse_wgmma(const SparseGemm g) {
   using P = Plan<kPlan>;
   if constexpr (ptx::kHasWgmma) {
     constexpr int kStages = P::kStages;
@@ -298,7 +299,7 @@ void semi_structured_gemm(const SparseGemm& g, void* stream) { launch_plan<0>(g,
 bool semi_structured_has_wgmma() {
   constexpr int kPlan = static_cast<int>(std::size(kSparsePlans)) - 1;
   static_assert(kSparsePlans[kPlan].wgmma);
-  return compiled_for(sparse_wgmma<kPlan>, 90);
+  return max_threads(sparse_wgmma<kPlan>) >= kSparsePlans[kPlan].threads();
 }
 
 }  // namespace llmq::cuda

@@ -16,8 +16,8 @@ void launch(void (*kernel)(Parameters...), const Launch& l, Parameters... argume
 }
 
 template <class... Parameters>
-bool compiled_for(void (*)(Parameters...), int) {
-  return true;
+int max_threads(void (*)(Parameters...)) {
+  return 1024;
 }
 
 namespace ptx {
