@@ -180,11 +180,11 @@ def _cuda_refusal(op: str, dtype: torch.dtype, K: int, form: Format) -> str | No
         return f"{K} inputs are no multiple of 128" if K % 128 else None
     if K * form.bits % 128:
         return f"rows of {K} weights of {form.bits} bits are no multiple of 16 bytes"
-    group = form.group if form.activation_group is None else form.activation_group
-    if group % 32 and group != K:
-        return f"groups of {group} are no multiple of 32"
-    if op == "weight_only_linear" and form.activation_group is not None:
-        return "inputs are codes"
+    for group in (form.group, form.activation_group or 0):
+        if group % 32 and group != K:
+            return f"groups of {group} are no multiple of 32"
+    if form.activation_group is not None and op == "weight_only_linear" and form.bits == 8:
+        return "inputs of 8-bit weights are codes"
     if form.activation_group is None and dtype == torch.float32:
         return "inputs are float32"
     return None

@@ -80,6 +80,8 @@ def test_weight_only(M: int, N: int, K: int, bits: int, dtype: torch.dtype) -> N
     [
         *((8, 512, 32), (8, 384, 96), (8, 1024, 64), (4, 512, 32), (4, 1280, 128), (4, 96, 32)),
         *((8, 768, 256), (4, 1152, 384)),  # slices begin inside of a group; a half-filled chunk
+        # Groups whose scales are read four or two at once, to the end of a chunk or not; too few.
+        *((4, 1152, 32), (4, 1280, 64), (4, 1152, 64), (4, 768, 128), (4, 640, 128)),
     ],
 )
 def test_weight_only_of_groups_and_zero_points_in_slices(
@@ -240,6 +242,50 @@ def test_lanes_of_bitmap_wait_for_a_bank_once_at_most_on_average(
         dtype=torch.bfloat16,
     )
     assert counters.shared_wavefronts <= 2 * counters.shared_ideal_wavefronts
+
+
+@pytest.mark.parametrize(
+    ("K", "group", "x_group"),
+    [
+        *((384, 32, 32), (320, 64, 64), (1280, 64, 64), (768, 128, 128), (640, 128, 128)),
+        *((512, 32, 128), (768, 96, 32), (288, 32, 0), (256, 0, 64), (160, 0, 0), (1024, 256, 512)),
+    ],
+)
+@pytest.mark.parametrize("M", [1, 13, 40])
+def test_int4_of_codes(M: int, K: int, group: int, x_group: int) -> None:
+    N = 140
+    weight = torch.randn(N, K, generator=generator(1)) + 0.7  # so that zero points are not 8
+    granularity = {"granularity": "group", "group_size": group} if group else {}
+    encoded = uniform.encode(
+        weight, bits=4, symmetric=False, **(granularity or {"granularity": "channel"})
+    )
+    x, bias = tokens(M, K, torch.float32), torch.randn(N, generator=generator(3))
+    codes, x_scale = emulator.quantize(x, x_group)
+    memory = {"weight": encoded.weight, "scale": encoded.weight_scale, "x_scale": x_scale}
+    memory |= {"zero_point": encoded.weight_zero_point, "bias": bias}
+    coded = codes.float() * x_scale.repeat_interleave(x_group or K, 1)
+    decoded = uniform.decode(*encoded, bits=4, K=K)
+    for splits in (1, 3):
+        y, counters = emulator.small_gemm(
+            *("run_int4_of_codes", codes, memory),
+            N=N,
+            K=K,
+            dtype=torch.float32,
+            splits=splits,
+        )
+        assert_product(y, coded, decoded, bias, f"{splits} splits")
+        assert_streams(counters, K // 2)
+
+
+@pytest.mark.parametrize("zero_point", [-128, 0, 8, 127])
+def test_int4_of_codes_is_exact_within_a_group(zero_point: int) -> None:
+    M, N, K, ones = 9, 17, 128, torch.ones
+    codes = torch.randint(-127, 128, (M, K), generator=generator(1), dtype=torch.int8)
+    nibbles = torch.randint(0, 16, (N, K), generator=generator(2), dtype=torch.uint8)
+    memory = {"weight": uniform.pack_int4(nibbles), "scale": ones(N, 1), "x_scale": ones(M, 1)}
+    memory["zero_point"] = torch.full((N, 1), zero_point, dtype=torch.int8)
+    y, _ = emulator.small_gemm("run_int4_of_codes", codes, memory, N=N, K=K, dtype=torch.float32)
+    assert_equal(y, (codes.int() @ (nibbles.int() - zero_point).T).float())
 
 
 def pairs(N: int, K: int, seed: int = 1) -> tuple[semi_structured.SemiStructuredWeight, Tensor]:

@@ -63,6 +63,38 @@ def test_weight_only_linear(
     assert_product(y, x, uniform.decode(*encoded, bits=bits, K=K), None, "weight_only_linear")
 
 
+@pytest.mark.parametrize(("group", "x_group"), [(32, 32), (64, 0), (96, 32), (None, 0)])
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 3, 192), (40, 130, 2112)])
+def test_weight_only_linear_of_codes(
+    M: int, N: int, K: int, group: int | None, x_group: int
+) -> None:
+    weight = torch.randn(N, K, generator=generator(1)) + 0.3
+    granularity = "channel" if group is None else "group"
+    encoded = uniform.encode(
+        weight, bits=4, granularity=granularity, group_size=group, symmetric=group is None
+    )
+    x, bias = tokens(M, K, torch.float32), torch.randn(N, generator=generator(3))
+    y = torch.ops.llmq.cuda_weight_only_linear(x, *encoded, bias, 4, x_group)
+    codes, x_scale = activation.quantize_activation(x, x_group)
+    coded = codes.float() * x_scale.repeat_interleave(x_group or K, 1)
+    assert_product(y, coded, uniform.decode(*encoded, bits=4, K=K), bias, "weight_only_linear")
+
+
+def test_the_table_leads_4_bit_weights_and_int8_inputs_to_their_kernel(
+    cuda_kernels: pytest.MonkeyPatch,
+) -> None:
+    for form, M, taken in (
+        (dispatch.Format(4, 32, 32), 64, True),
+        (dispatch.Format(4, 128, 0), 1, True),
+        (dispatch.Format(4, 32, 32), 65, False),
+        (dispatch.Format(4, 48, 32), 1, False),
+        (dispatch.Format(4, 32, 16), 1, False),
+        (dispatch.Format(8, 32, 32), 1, False),
+    ):
+        kernel = dispatch.choose("weight_only_linear", "cuda", torch.float32, M, 33, 384, form)
+        assert (kernel.name == "weight_only_linear_cuda") == taken, (form, M, kernel)
+
+
 # N, K, share kept: one strip and tile, several, partial ones; nothing and all kept.
 SPARSE = ((1, 16, 0.5), (32, 128, 1.0), (33, 144, 0.0), (70, 1040, 0.3), (160, 64, 0.9))
 
@@ -315,5 +347,7 @@ def test_what_a_kernel_cannot_take_is_refused() -> None:
                 torch.zeros(1, K), *stored, scale, None, group
             )
     x, weight = torch.zeros(1, 32), torch.zeros(4, 32, dtype=torch.int8)
+    with pytest.raises(ValueError, match="8-bit weights must stay"):
+        torch.ops.llmq.cuda_weight_only_linear(x, weight, scale, None, None, 8, 32)
     with pytest.raises(ValueError, match="bfloat16 or float16"):
         torch.ops.llmq.cuda_weight_only_linear(x, weight, scale, None, None, 8, None)

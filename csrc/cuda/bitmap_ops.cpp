@@ -53,7 +53,7 @@ Tensor bitmap_sparse_linear(const Tensor& given, const Tensor& given_weight,
     check(size == 1 ? g.x_dtype != Dtype::f32 : weight.scalar_type() == x.scalar_type(), kOp,
           "x must be bfloat16 or float16, and as floating-point values are");
   }
-  run_small_gemm(x, g, bitmap_chunk(size), g.x_groups, device,
+  run_small_gemm(x, g, bitmap_chunk(size), device,
                  [&](const SmallGemm& full) { bitmap_gemm(full, size, codes, device.stream); });
   return y;
 }

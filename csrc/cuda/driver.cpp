@@ -54,14 +54,10 @@ int64_t tokens_of(const Tensor& x) {
   return K == 0 ? 0 : x.numel() / K;
 }
 
-int choose_splits(int64_t blocks, int64_t K, int chunk, int groups, int multiprocessors) {
-  const int64_t chunks = ceil_div(K, chunk), group = K / groups;
+int choose_splits(int64_t blocks, int64_t K, int chunk, int multiprocessors) {
+  const int64_t chunks = ceil_div(K, chunk);
   const int64_t wanted = ceil_div(2 * multiprocessors, blocks);
-  int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(chunks / 2, 1));
-  // A slice that does not begin with a group shares its first with the slice before.
-  const int64_t shared = groups > 1 && chunk % group != 0;
-  while (ceil_div(ceil_div(chunks, splits) * chunk, group) + shared > kMaxGroups) ++splits;
-  return static_cast<int>(splits);
+  return static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(chunks / 2, 1)));
 }
 
 Quantized quantize(const char* op, const Tensor& x, int64_t group_size, const Device& device) {

@@ -74,9 +74,8 @@ Tensor empty_output(const Tensor& x, int64_t N);  // [..., N] in x's dtype
 Dtype dtype_of(const char* op, const Tensor& tensor);
 int64_t tokens_of(const Tensor& x);  // M of x [..., K]
 
-// So many slices of K that all multiprocessors have two blocks, each two chunks at least, and that
-// the scales of a slice fit.
-int choose_splits(int64_t blocks, int64_t K, int chunk, int groups, int multiprocessors);
+// So many slices of K that all multiprocessors have two blocks, each two chunks at least.
+int choose_splits(int64_t blocks, int64_t K, int chunk, int multiprocessors);
 
 using Quantized = std::pair<Tensor, Tensor>;  // codes and scale
 Quantized quantize(const char* op, const Tensor& x, int64_t group_size, const Device& device);
@@ -86,13 +85,12 @@ const float* scales(const char* op, const Tensor& scale, int64_t N);
 // What every op shares: sizes, bias and y.
 SmallGemm gemm_of(const char* op, const Tensor& x, const OptionalTensor& bias, const Tensor& y);
 
-// Sets splits and workspace of a SmallGemm and calls launcher(g): weights in chunks of so many
-// inputs, whose scales are in `groups` groups.
+// Sets splits and workspace of a SmallGemm and calls launcher(g): weights in chunks of so many inputs.
 template <class Launcher>
-void run_small_gemm(const Tensor& x, SmallGemm g, int chunk, int groups, const Device& device,
+void run_small_gemm(const Tensor& x, SmallGemm g, int chunk, const Device& device,
                     const Launcher& launcher) {
   const int64_t blocks = ceil_div(g.N, kBlockOutputs) * ceil_div(g.M, block_tokens(g.M));
-  g.splits = choose_splits(blocks, g.K, chunk, groups, device.multiprocessors);
+  g.splits = choose_splits(blocks, g.K, chunk, device.multiprocessors);
   if (g.splits == 1) {
     launcher(g);
     return;

@@ -14,6 +14,10 @@
 
 namespace llmq::cuda {
 
+// T where zero points are what they are without any, so that int8 codes in bf16 need not add it.
+template <class T>
+struct WithoutZeroPoint : T {};
+
 template <class T>
 LLMQ_PTX uint32_t twice(float value) {
   T rounded;
@@ -38,15 +42,22 @@ LLMQ_PTX void int8_pairs(uint32_t codes, uint32_t zero, uint32_t& low, uint32_t&
   low = ptx::fma2(ptx::prmt(u, 0x64646464u, 0x4140), kOne, zero, type);
   high = ptx::fma2(ptx::prmt(u, 0x64646464u, 0x4342), kOne, zero, type);
 }
-LLMQ_PTX uint32_t int8_pair(uint32_t spread, uint32_t zero, BFloat16 type) {
+LLMQ_PTX uint32_t int8_pair(uint32_t spread, BFloat16 type) {
   constexpr uint32_t kOne = 0x3f803f80;
   const uint32_t value = ptx::lop3<ptx::kAndOr>(spread, 0x007f007fu, 0x43004300u);
   const uint32_t minus = ptx::lop3<ptx::kAndOr>(spread, 0x00800080u, 0xc300c300u);
-  return ptx::fma2(ptx::fma2(value, kOne, minus, type), kOne, zero, type);
+  return ptx::fma2(value, kOne, minus, type);
+}
+LLMQ_PTX void int8_pairs(uint32_t codes, uint32_t, uint32_t& low, uint32_t& high,
+                         WithoutZeroPoint<BFloat16> t) {
+  low = int8_pair(ptx::prmt(codes, 0, 0x4140), t);
+  high = int8_pair(ptx::prmt(codes, 0, 0x4342), t);
 }
 LLMQ_PTX void int8_pairs(uint32_t codes, uint32_t zero, uint32_t& low, uint32_t& high, BFloat16 t) {
-  low = int8_pair(ptx::prmt(codes, 0, 0x4140), zero, t);
-  high = int8_pair(ptx::prmt(codes, 0, 0x4342), zero, t);
+  constexpr uint32_t kOne = 0x3f803f80;
+  int8_pairs(codes, zero, low, high, WithoutZeroPoint<BFloat16>{});
+  low = ptx::fma2(low, kOne, zero, t);
+  high = ptx::fma2(high, kOne, zero, t);
 }
 
 // The lowest two nibbles of each half of a word: inputs (0, 4) and (1, 5) of its eight.
@@ -62,6 +73,12 @@ LLMQ_PTX void int4_pairs(uint32_t word, uint32_t zero, uint32_t& low, uint32_t& 
   constexpr uint32_t kOne = 0x3f803f80, k128 = 0x43004300;
   low = ptx::fma2(ptx::lop3<ptx::kAndOr>(word, 0x000f000fu, k128), kOne, zero, type);
   high = ptx::fma2(ptx::lop3<ptx::kAndOr>(word >> 4, 0x000f000fu, k128), kOne, zero, type);
+}
+
+// Eight nibbles to int8 codes: inputs 0, 2, 4, 6, and 1, 3, 5, 7.
+LLMQ_PTX void int4_codes(uint32_t word, uint32_t& even, uint32_t& odd) {
+  even = word & 0x0f0f0f0fu;
+  odd = word >> 4 & 0x0f0f0f0fu;
 }
 
 }  // namespace llmq::cuda

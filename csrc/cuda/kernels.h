@@ -42,10 +42,6 @@ inline constexpr int kBlockOutputs = 128;
 constexpr int block_tokens(int64_t M) { return M <= 8 ? 8 : M <= 16 ? 16 : 32; }
 constexpr int chunk_inputs(int bits) { return 128 * 8 / bits; }  // 128 bytes of a row
 
-// Blocks keep the scales of their part of K in shared memory: so many groups at most, those that the
-// part shares with its neighbours included.
-inline constexpr int kMaxGroups = 16;
-
 // Bitmap tiles hold a sparse weight in strips of 32 outputs and chunks of bitmap_chunk inputs
 // (llmq/formats/bitmap_tiles.py packs and unpacks them, bitmap_tiles.cuh says what lanes make of them):
 //
@@ -60,7 +56,8 @@ constexpr int bitmap_mask_bytes(int value_bytes) {
   return kBitmapHeader + 4 * bitmap_chunk(value_bytes);
 }
 
-void weight_only_gemm(const SmallGemm& g, int bits, void* stream);
+// Of inputs as they are, or with `codes` (4 bits alone) as int8.
+void weight_only_gemm(const SmallGemm& g, int bits, bool codes, void* stream);
 void int8_gemm(const SmallGemm& g, void* stream);
 void bitmap_gemm(const SmallGemm& g, int value_bytes, bool codes, void* stream);
 void bitmap_expand(const SmallGemm& g, int value_bytes, void* stream);  // into y [N, K]

@@ -36,7 +36,7 @@ Tensor int8_linear(const Tensor& given, const Tensor& given_weight, const Tensor
   const Quantized q = quantize(kOp, x, activation_group_size, device);
   set_codes(kOp, g, q);
   g.scale = scales(kOp, weight_scale, g.N);
-  run_small_gemm(x, g, chunk_inputs(8), g.x_groups, device,
+  run_small_gemm(x, g, chunk_inputs(8), device,
                  [&](const SmallGemm& full) { int8_gemm(full, device.stream); });
   return y;
 }
@@ -47,15 +47,22 @@ Tensor weight_only_linear(const Tensor& given, const Tensor& given_weight,
                           std::optional<int64_t> activation_group_size) {
   constexpr const char* kOp = "weight_only_linear";
   check(bits == 8 || bits == 4, kOp, "bits must be 8 or 4");
-  check(!activation_group_size.has_value(), kOp, "inputs must stay in floating point");
+  const bool codes = activation_group_size.has_value();
+  check(bits == 4 || !codes, kOp, "inputs of 8-bit weights must stay in floating point");
   const Device device(given);
   const Tensor x = aligned(given), weight = aligned(given_weight);
   const Tensor y = empty_output(x, weight.size(0));
   SmallGemm g = gemm_of(kOp, x, bias, y);
   g.weight = rows_of(kOp, weight, g.K, bits);
-  g.x = x.const_data_ptr();
-  g.x_dtype = dtype_of(kOp, x);
-  check(g.x_dtype != Dtype::f32, kOp, "x must be bfloat16 or float16");
+  std::optional<Quantized> q;
+  if (codes) {
+    q = quantize(kOp, x, *activation_group_size, device);
+    set_codes(kOp, g, *q);
+  } else {
+    g.x = x.const_data_ptr();
+    g.x_dtype = dtype_of(kOp, x);
+    check(g.x_dtype != Dtype::f32, kOp, "x must be bfloat16 or float16");
+  }
   g.scale = scales(kOp, weight_scale, g.N);
   g.groups = static_cast<int>(weight_scale.size(1));
   check(g.groups == 1 || g.K / g.groups % 32 == 0, kOp, "groups must be multiples of 32");
@@ -63,10 +70,9 @@ Tensor weight_only_linear(const Tensor& given, const Tensor& given_weight,
     check(weight_zero_point->is_contiguous(), kOp, "weight_zero_point must be contiguous");
     g.zero_point = static_cast<const int8_t*>(weight_zero_point->const_data_ptr());
   }
-  run_small_gemm(x, g, chunk_inputs(static_cast<int>(bits)), g.groups, device,
-                 [&](const SmallGemm& full) {
-                   weight_only_gemm(full, static_cast<int>(bits), device.stream);
-                 });
+  run_small_gemm(x, g, chunk_inputs(static_cast<int>(bits)), device, [&](const SmallGemm& full) {
+    weight_only_gemm(full, static_cast<int>(bits), codes, device.stream);
+  });
   return y;
 }
 

@@ -20,29 +20,28 @@ struct Rows {
   static constexpr int kPairs = kUnits / 2, kWords = 4, kTableBytes = 0;
   static constexpr int kStageBytes = kWarpOutputs * kUnits * 16;
 
-  const unsigned char* from;  // of this lane: a unit of one row in four
-  int64_t row_bytes;
-  int rows;  // that there are from the lane's first
-  int unit, to;
+  const unsigned char* from;  // of this lane: one row in four
+  int row_bytes, unit;
+  int rows;   // that there are from the lane's first
+  int to[2];  // in a stage, of even and odd copies
 
   LLMQ_PTX Rows(const SmallGemm& g, int first, int lane)
-      : row_bytes(static_cast<int64_t>(g.K) * kBits / 8),
-        rows(g.N - first - lane / kUnits),
-        unit(lane % kUnits),
-        to(lane / kUnits * 128) {
-    from = static_cast<const unsigned char*>(g.weight) + unit * 16;
-    if (rows > 0) from += (first + lane / kUnits) * row_bytes;
+      : row_bytes(g.K / 8 * kBits), unit(lane % kUnits) {
+    const int mine = lane / kUnits;
+    rows = g.N - first - mine;
+    from = static_cast<const unsigned char*>(g.weight) +
+           static_cast<int64_t>(first + mine) * row_bytes;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) to[i] = mine * 128 + (unit ^ (i * 4 + mine)) * 16;
   }
 
-  LLMQ_PTX void copy(unsigned char* stage, int chunk, int lane) const {
-    const int at = chunk * kUnits * 16;
-    const bool inside = at + unit * 16 < row_bytes;
+  // Past K a row's end is read again, for inputs that are 0; rows past N are not read.
+  LLMQ_PTX void copy(unsigned char* stage, int chunk, int) const {
+    const unsigned char* const at = from + least((chunk * kUnits + unit) * 16, row_bytes - 16);
 #pragma unroll
     for (int i = 0; i < kWarpOutputs / 4; ++i) {
-      const bool there = inside && i * 4 < rows;
-      const int swizzled = (unit ^ (i * 4 + lane / kUnits) % 8) * 16;
-      ptx::cp_async_16_once(stage + i * 512 + to + swizzled,
-                            there ? from + i * 4 * row_bytes + at : from, there ? 16 : 0);
+      ptx::cp_async_16_once(stage + i * 512 + to[i % 2], at + int64_t{i * 4} * row_bytes,
+                            i * 4 < rows ? 16 : 0);
     }
   }
 
@@ -51,6 +50,12 @@ struct Rows {
                             int r, int pair, int lane) {
     const int row = r * kTileRows + lane % 16;
     ptx::ldmatrix_x4(words, stage + row * 128 + ((2 * pair + lane / 16) ^ lane % 8) * 16);
+  }
+
+  // The A fragment of 32 inputs of 4 bits as int8 codes.
+  LLMQ_PTX static void codes(const uint32_t (&words)[4], int part, uint32_t (&a)[4]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) int4_codes(words[2 * part + i], a[i], a[i + 2]);
   }
 
   // The A fragment of a step of 16 inputs.

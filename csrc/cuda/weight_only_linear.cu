@@ -1,15 +1,21 @@
 // weight_only_linear for few tokens: y = x (scale · (q − zero_point))ᵀ + bias, q of 8 or 4 bits.
 //
-// ldmatrix of 16 rows × 32 bytes gives each lane 16 or 32 weights; conversion costs 1 (int8 to f16),
-// 2.5 (int8 to bf16), 1.1 or 1.4 (int4) instructions a weight. Scales multiply the float sum of each
-// group, not the weights, so that the codes enter mma exactly.
+// ldmatrix of 16 rows × 32 bytes gives each lane 16 or 32 weights; conversion costs 1.25 (int8 to
+// f16), 2 (int8 to bf16; 2.5 with a zero point), 1.1 or 1.4 (int4) instructions a weight. Scales
+// multiply the float sum of each group, not the weights, so that the codes enter mma exactly.
+//
+// With x as int8 codes (4 bits alone) y = Σ_groups x_scale · scale · (Σ x q − zero_point · Σ x): both
+// sums in int32, the second by an mma with ones, which all outputs of a warp share; 0.4 instructions
+// a weight make int8 of nibbles.
 #include "rows.cuh"
 
 namespace llmq::cuda {
 
-void weight_only_gemm(const SmallGemm& g, int bits, void* stream) {
+void weight_only_gemm(const SmallGemm& g, int bits, bool codes, void* stream) {
   const bool half = g.x_dtype == Dtype::f16;
-  if (bits == 8) {
+  if (codes) {
+    launch_small_gemm<Rows<4>, Codes<true, 4>>(g, stream);
+  } else if (bits == 8) {
     half ? launch_small_gemm<Rows<8>, Floats<Half, 8>>(g, stream)
          : launch_small_gemm<Rows<8>, Floats<BFloat16, 8>>(g, stream);
   } else {

@@ -6,7 +6,7 @@
 
 // Weak: a library may hold some of the kernels only.
 namespace llmq::cuda {
-[[gnu::weak]] void weight_only_gemm(const SmallGemm& g, int bits, void* stream);
+[[gnu::weak]] void weight_only_gemm(const SmallGemm& g, int bits, bool codes, void* stream);
 [[gnu::weak]] void int8_gemm(const SmallGemm& g, void* stream);
 [[gnu::weak]] void bitmap_gemm(const SmallGemm& g, int value_bytes, bool codes, void* stream);
 [[gnu::weak]] void bitmap_expand(const SmallGemm& g, int value_bytes, void* stream);
@@ -57,7 +57,10 @@ int choose_plan(int64_t M, int64_t N, int multiprocessors, int shared_bytes, boo
 }
 
 const char* run_weight_only(const SmallGemm* g, int bits) {
-  return guarded([&] { weight_only_gemm(*g, bits, nullptr); });
+  return guarded([&] { weight_only_gemm(*g, bits, false, nullptr); });
+}
+const char* run_int4_of_codes(const SmallGemm* g) {
+  return guarded([&] { weight_only_gemm(*g, 4, true, nullptr); });
 }
 const char* run_int8(const SmallGemm* g) {
   return guarded([&] { int8_gemm(*g, nullptr); });

@@ -51,6 +51,8 @@ struct Counters {
   int64_t weight_sectors = 0, weight_ideal_sectors = 0;  // of memory whose name begins with weight
   int64_t shared_requests = 0, shared_wavefronts = 0, shared_ideal_wavefronts = 0;
   int64_t mma = 0, barriers = 0;
+  // The most of any block: its shared memory, and what of memory other than x cp.async had to bring.
+  int64_t shared_bytes = 0, bytes_in_flight = 0;
 };
 
 struct Range {
@@ -160,12 +162,10 @@ class Block {
     const char* p = static_cast<const char*>(address);
     if (reinterpret_cast<uintptr_t>(p) % alignment != 0) fail("global address is odd", site);
     if (machine().memory.empty()) return;  // whole ops: torch allocates what nobody registers
-    for (const Range& range : machine().memory) {
-      if (p >= range.data && p + bytes <= range.data + range.bytes) {
-        const bool weight = range.name.starts_with("weight");
-        note(site, weight ? Space::weight : Space::global, reinterpret_cast<uintptr_t>(p), bytes);
-        return;
-      }
+    if (const Range* range = range_of(p, bytes)) {
+      const bool weight = range->name.starts_with("weight");
+      note(site, weight ? Space::weight : Space::global, reinterpret_cast<uintptr_t>(p), bytes);
+      return;
     }
     std::string near;
     for (const Range& range : machine().memory) {
@@ -220,7 +220,13 @@ class Block {
       own(shadow_[i], site);
       shadow_[i].pending = true;
     }
-    threads_[current_].copies.push_back({begin, static_cast<const char*>(from), size, bytes});
+    const auto* source = static_cast<const char*>(from);
+    const Range* range = bytes == 0 ? nullptr : range_of(source, bytes);
+    const size_t streamed = range == nullptr || range->name == "x" ? 0 : bytes;
+    threads_[current_].copies.push_back({begin, source, size, bytes, streamed});
+    in_flight_ += static_cast<int64_t>(streamed);
+    int64_t& most = machine().counters.bytes_in_flight;
+    most = std::max(most, in_flight_);
   }
 
   void commit() {
@@ -233,6 +239,7 @@ class Block {
     Thread& self = threads_[current_];
     while (self.groups.size() > pending) {
       for (const Copy& copy : self.groups.front()) {
+        in_flight_ -= static_cast<int64_t>(copy.streamed);
         std::memcpy(base_ + copy.to, copy.from, copy.bytes);
         std::memset(base_ + copy.to + copy.bytes, 0, copy.size - copy.bytes);
         for (size_t i = copy.to; i < copy.to + copy.size; ++i) {
@@ -326,7 +333,7 @@ class Block {
   struct Copy {
     size_t to;
     const char* from;
-    size_t size, bytes;
+    size_t size, bytes, streamed;
   };
   struct Thread {
     jmp_buf context;
@@ -368,6 +375,12 @@ class Block {
   static std::vector<std::unique_ptr<char[]>>& stacks() {
     static std::vector<std::unique_ptr<char[]>> instance;
     return instance;
+  }
+  static const Range* range_of(const char* p, size_t bytes) {
+    for (const Range& range : machine().memory) {
+      if (p >= range.data && p + bytes <= range.data + range.bytes) return &range;
+    }
+    return nullptr;
   }
   static std::string where(const Site& site) {
     const std::string file = site.file_name();
@@ -557,6 +570,7 @@ class Block {
   jmp_buf scheduler_;
   ucontext_t* back_ = nullptr;
   std::string error_;
+  int64_t in_flight_ = 0;
   uint32_t block_epoch_ = 1;
   uint32_t warp_epochs_[32] = {};
   Async async_[32];
@@ -574,6 +588,8 @@ void run_grid(Index grid, unsigned threads, size_t shared_bytes, const Kernel& k
   std::vector<unsigned> order(grid.x * grid.y * grid.z);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), std::mt19937(machine().seed));
+  int64_t& most = machine().counters.shared_bytes;
+  most = std::max(most, static_cast<int64_t>(shared_bytes));
   for (const unsigned i : order) {
     Block block(threads, shared_bytes);
     block.grid = grid;

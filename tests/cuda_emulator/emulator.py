@@ -67,7 +67,7 @@ class Counters(ctypes.Structure):
             *("global_requests", "global_sectors", "global_ideal_sectors"),
             *("weight_sectors", "weight_ideal_sectors"),
             *("shared_requests", "shared_wavefronts", "shared_ideal_wavefronts"),
-            *("mma", "barriers"),
+            *("mma", "barriers", "shared_bytes", "bytes_in_flight"),
         )
     )
 
@@ -113,8 +113,16 @@ def build(
 def load(sources: list[Path], target: Path, optimize: str = "-O1") -> ctypes.CDLL:
     """Load the kernels of `sources`, emulated."""
     loaded = ctypes.CDLL(str(build([*sources, HERE / "bindings.cpp"], target, optimize)))
-    for kernel in ("weight_only", "int8", "bitmap", "bitmap_expand", "semi_structured", "quantize"):
-        getattr(loaded, f"run_{kernel}").restype = ctypes.c_char_p
+    for name in (
+        "run_weight_only",
+        "run_int4_of_codes",
+        "run_int8",
+        "run_bitmap",
+        "run_bitmap_expand",
+        "run_semi_structured",
+        "run_quantize",
+    ):
+        getattr(loaded, name).restype = ctypes.c_char_p
     assert loaded.small_gemm_size() == ctypes.sizeof(SmallGemm)
     assert loaded.sparse_gemm_size() == ctypes.sizeof(SparseGemm)
     assert loaded.quantize_rows_size() == ctypes.sizeof(QuantizeRows)
