@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import static_cuda
 from tests.cuda_emulator import emulator
 
 # The oldest, and the one with the most to go wrong; `make cuda-archs` compiles for all.
@@ -28,12 +29,50 @@ def test_compiles_without_warnings_spills_or_local_memory(
     source: str, arch: str, tmp_path: Path
 ) -> None:
     flags = ["-std=c++20", "-O3", f"-arch={arch}", "-Xptxas=-v", "-Werror=all-warnings", "-cubin"]
-    target = str(tmp_path / "kernel.cubin")
-    command = ["nvcc", *flags, str(emulator.CUDA / source), "-o", target]
+    target = tmp_path / "kernel.cubin"
+    command = ["nvcc", *flags, str(emulator.CUDA / source), "-o", str(target)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     usage = re.findall(r"(\d+) bytes (stack frame|spill stores|spill loads)", result.stderr)
     assert usage and all(size == "0" for size, _ in usage), f"{source}: {usage}"
+    for name, body in static_cuda.loops(target).items():
+        copies = [i for i in body if i.startswith("LDGSTS")]
+        wide = [i for i in copies if i.endswith(".128")]
+        assert wide, f"{name} copies no 16 bytes at once"
+        assert "sparse_gemm" in name or copies == wide, f"{name}: {set(copies) - set(wide)}"
+
+
+# One copy, then a loop of half of a lane's 8 LDSM within the loop that multiplies; another before.
+SASS = """
+.L_x_0:
+        /*0000*/                   IADD3 R0, R0, 0x1, RZ ;
+        /*0010*/              @!P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+.L_x_2:
+        /*0030*/                   LDSM.16.M88.4 R4, [R20] ;
+        /*0040*/                   LDSM.16.M88.4 R8, [R21] ;
+        /*0050*/                   LDSM.16.M88.4 R12, [R22] ;
+        /*0060*/                   LDSM.16.M88.4 R16, [R23] ;
+        /*0070*/                   IMMA.16832.S8.S8 R24, R4.ROW, R30.COL, R24 ;
+        /*0080*/               @P1 BRA `(.L_x_2) ;
+        /*0090*/              @!P2 BRA `(.L_x_1) ;
+"""
+
+
+def test_the_loop_that_multiplies_is_counted_with_loops_within_it() -> None:
+    body = static_cuda.loop(SASS)
+    assert len(body) == 1 + 2 * 6 + 1
+    assert sum(i.startswith("LDSM") for i in body) == 8 and "IADD3" not in body
+
+
+def test_a_name_tells_a_kernel() -> None:
+    name = "_ZN4llmq4cuda10small_gemmINS0_4RowsILi4EEENS0_{}ELi{}ELi{}EEEvNS0_9SmallGemmE"
+    kernel = static_cuda.parse(name.format("6FloatsINS_8BFloat16ELi4E", 4, 32))
+    assert kernel == ("Rows", 4, "BFloat16", 32, 32)
+    assert kernel.bytes == 0.5 + 5 / 32 and kernel.chunk == 256 and not kernel.codes
+    kernel = static_cuda.parse(name.format("5CodesILb1ELi4E", 1, 128))
+    assert kernel == ("Rows", 4, "coded groups", 8, 128) and kernel.codes
 
 
 def _build(folder: str, **environment: str) -> subprocess.CompletedProcess[str]:

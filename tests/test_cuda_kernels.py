@@ -288,6 +288,16 @@ def test_int4_of_codes_is_exact_within_a_group(zero_point: int) -> None:
     assert_equal(y, (codes.int() @ (nibbles.int() - zero_point).T).float())
 
 
+def test_two_chunks_of_weights_are_on_their_way_while_one_is_multiplied() -> None:
+    M, N, K = 8, 128, 768
+    memory = {"weight": torch.zeros(N, K, dtype=torch.int8), "scale": torch.ones(N, 1)}
+    memory["x_scale"] = torch.ones(M, 1)
+    codes = torch.zeros(M, K, dtype=torch.int8)
+    _, counters = emulator.small_gemm("run_int8", codes, memory, N=N, K=K, dtype=torch.float32)
+    assert counters.bytes_in_flight == 2 * N * 128
+    assert counters.shared_bytes == 3 * (N + M) * 128
+
+
 def pairs(N: int, K: int, seed: int = 1) -> tuple[semi_structured.SemiStructuredWeight, Tensor]:
     """Return a 2:4 sparse int8 weight, every place of a pair in it, and its scale [N, 1]."""
     g = generator(seed)
