@@ -318,12 +318,12 @@ def run_plan(args: argparse.Namespace) -> Record:
         windows = training[: training.numel() // 512 * 512].view(-1, 512)  # articles come last
         plan = llmq.plan(
             original,
-            training[:8192],
+            training[:4096],
             max_kl=0.01,
             minimize="bytes",
             formats=(*FORMATS, *PLAN_CALIBRATED),
             calibration=torch.cat([windows[32:36], windows[-32:-28]]),
-            validation={"articles": windows[-8:]},
+            validation={"articles": windows[-4:]},
             resume=folder / "measured.json",
         )
         print(plan, file=sys.stderr)
@@ -332,7 +332,7 @@ def run_plan(args: argparse.Namespace) -> Record:
     record = json.loads(chosen.read_text())
 
     def judge(model: Any, name: str) -> Record:
-        file = folder / f"{name}.json"
+        file = folder / f"judged-{name}.json"
         if not file.exists():
             row: Record = {"name": name, "bytes": model_bytes(model)}
             row["linear_share"] = model.llmq_report.bytes_after / record["bytes_before"]
