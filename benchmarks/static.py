@@ -120,6 +120,8 @@ def cases(arch: int, quick: bool) -> Iterator[Case]:
             x = torch.zeros(256, size, dtype=dtype)
             launch = functools.partial(quantize_rows.quantize_activation, x)
             yield Case(f"quantize_activation {size} {_short(dtype)}", None, launch, None)
+            launch = functools.partial(launch, 0, torch.zeros(1))
+            yield Case(f"quantize_activation given {size} {_short(dtype)}", None, launch, None)
             launch = functools.partial(quantize_rows.rms_norm_quantize, x, x[0], 1e-5, x)
             yield Case(f"rms_norm_quantize {size} {_short(dtype)}", None, launch, None)
 

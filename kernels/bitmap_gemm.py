@@ -107,6 +107,7 @@ def _sparse_linear(
     weight_scale: Tensor | None,
     bias: Tensor | None,
     activation_group_size: int | None,
+    activation_scale: Tensor | None,
     config: Config | None,
 ) -> Tensor:
     N, K = mask.shape[0], x.shape[-1]
@@ -114,7 +115,8 @@ def _sparse_linear(
     config = config or choose("bitmap_gemm", M, N, K, x.device)
     group = activation_group_size or 0
     config = within_block(config, config.BLOCK_N, config.BLOCK_K, group)
-    codes, x_scale = inputs(x, activation_group_size, group % config.BLOCK_K == 0)
+    one_group = group % config.BLOCK_K == 0
+    codes, x_scale = inputs(x, activation_group_size, activation_scale, one_group)
     if codes.dtype == torch.float32:
         config = for_float32(config)
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
@@ -143,10 +145,11 @@ def bitmap_sparse_linear(
     weight_scale: Tensor | None = None,
     bias: Tensor | None = None,
     activation_group_size: int | None = None,
+    activation_scale: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """Compute `torch.ops.llmq.bitmap_sparse_linear` of x [..., K]."""
-    last = (weight_scale, bias, activation_group_size, config)
+    last = (weight_scale, bias, activation_group_size, activation_scale, config)
     return _sparse_linear(x, weight, weight_bitmask, row_offsets, *last)
 
 
@@ -157,8 +160,9 @@ def semi_structured_linear(
     weight_scale: Tensor | None = None,
     bias: Tensor | None = None,
     activation_group_size: int | None = None,
+    activation_scale: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """Compute `torch.ops.llmq.semi_structured_linear` of x [..., K]."""
-    last = (weight_scale, bias, activation_group_size, config)
+    last = (weight_scale, bias, activation_group_size, activation_scale, config)
     return _sparse_linear(x, weight, weight_meta, None, *last)

@@ -94,6 +94,7 @@ def block_sparse_linear(
     weight_scale: Tensor | None = None,
     bias: Tensor | None = None,
     activation_group_size: int | None = None,
+    activation_scale: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """Compute `torch.ops.llmq.block_sparse_linear` of x [..., K]."""
@@ -104,7 +105,7 @@ def block_sparse_linear(
     group = activation_group_size or 0
     config = within_block(config, R, C, group)
     one_group = group % C == 0 or C % config.BLOCK_K == group % config.BLOCK_K == 0
-    codes, x_scale = inputs(x, activation_group_size, one_group)
+    codes, x_scale = inputs(x, activation_group_size, activation_scale, one_group)
     if codes.dtype == torch.float32:
         config = for_float32(config)
     BLOCK_K = config.BLOCK_K

@@ -234,9 +234,10 @@ def coded_linear(
     bias: Tensor | None,
     bits: int,
     activation_group_size: int,
+    activation_scale: Tensor | None = None,
 ) -> Tensor:
     """Return y [..., N] of x [..., K], quantized first."""
-    codes, x_scale = quantize_activation(rows_of(x), activation_group_size)
+    codes, x_scale = quantize_activation(rows_of(x), activation_group_size, activation_scale)
     operands = (codes, x_scale, weight, weight_scale)
     if bits == 8 and zero_point is None and x_scale.shape[1] == weight_scale.shape[1] == 1:
         y = int8_gemm(*operands, bias, x.dtype)
@@ -251,6 +252,8 @@ def int8_linear(
     weight_scale: Tensor,
     bias: Tensor | None = None,
     activation_group_size: int = 0,
+    activation_scale: Tensor | None = None,
 ) -> Tensor:
     """Compute `torch.ops.llmq.int8_linear` of x [..., K]."""
-    return coded_linear(x, weight, weight_scale, None, bias, 8, activation_group_size)
+    inputs = (activation_group_size, activation_scale)
+    return coded_linear(x, weight, weight_scale, None, bias, 8, *inputs)

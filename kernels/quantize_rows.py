@@ -1,11 +1,12 @@
 """Symmetric int8 codes of activations, one scale a token or group of inputs; also after RMSNorm.
 
     scale = max|x| / 127        codes = round(x · (127 / max|x|)), ties to even
+    a given scale for all       codes = clamp(round(x · (1 / scale)), −127, 127)
 
 Each operation is rounded to float32 once, as `llmq/formats/activation.py` does it, so codes and
 scales are the same bits. A program holds ROWS rows of up to BLOCK inputs in registers and reads
-them once; longer rows take a second pass. RMSNorm, with or without a residual added before it,
-happens on the same registers:
+them once; longer rows take a second pass, but not where the scale is given. RMSNorm, with or
+without a residual added before it, happens on the same registers:
 
     h = x + residual            n = h / sqrt(mean(h²) + eps) · weight
 
@@ -44,6 +45,22 @@ def _codes(x, amax):
 
 
 @triton.jit
+def _given(given_ptr, ROWS: tl.constexpr):
+    """The given scale for each row, NaN if it is none, and its inverse, then 0: all codes are 0."""
+    given = tl.load(given_ptr + tl.zeros((ROWS,), tl.int32))
+    given = tl.where(given > 1e-30, given, float("inf"))
+    inverse = tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), given)
+    return tl.where(given < float("inf"), given, float("nan")), inverse
+
+
+@triton.jit
+def _clamped(x, inverse):
+    x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
+    steps = tl.minimum(tl.maximum(x * tl.expand_dims(inverse, -1), -127.0), 127.0)
+    return (steps + 12582912.0 - 12582912.0).to(tl.int8)
+
+
+@triton.jit
 def _scale(amax):
     finite = amax < float("inf")
     scale = tl.div_rn(tl.where(finite, amax, 0.0), tl.full(amax.shape, 127.0, tl.float32))
@@ -55,6 +72,7 @@ def _quantize_rows(
     x_ptr,  # [M, K], rows x_stride apart
     codes_ptr,  # int8 [M, K]
     scale_ptr,  # float32 [M, G]
+    given_ptr,  # float32 [1], the scale of all rows, or None
     rows,  # M · G
     size,  # K / G
     x_stride,
@@ -72,7 +90,28 @@ def _quantize_rows(
         mask = inside[:, None] & (column < size)[None, :]
         x = tl.load(x_row[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
         amax = _largest(x)
-        tl.store(codes_row[:, None] + column[None, :], _codes(x, amax), mask=mask)
+        if given_ptr is not None:
+            given, inverse = _given(given_ptr, ROWS)
+            codes = _clamped(x, tl.where(amax < float("inf"), inverse, 0.0))
+        else:
+            codes = _codes(x, amax)
+        tl.store(codes_row[:, None] + column[None, :], codes, mask=mask)
+    elif given_ptr is not None:
+        given, inverse = _given(given_ptr, ROWS)
+        amax = tl.zeros((ROWS,), tl.float32)
+        for start in range(0, size, BLOCK):
+            mask = inside[:, None] & (start + column < size)[None, :]
+            x = tl.load(x_row[:, None] + start + column[None, :], mask=mask, other=0.0)
+            x = x.to(tl.float32)
+            amax = tl.maximum(amax, _largest(x))
+            codes = _clamped(x, inverse)
+            tl.store(codes_row[:, None] + start + column[None, :], codes, mask=mask)
+        if tl.max(amax) == float("inf"):
+            bad = inside & (amax == float("inf"))
+            zeros = tl.zeros((ROWS, BLOCK), tl.int8)
+            for start in range(0, size, BLOCK):
+                mask = bad[:, None] & (start + column < size)[None, :]
+                tl.store(codes_row[:, None] + start + column[None, :], zeros, mask=mask)
     else:
         amax = tl.zeros((ROWS,), tl.float32)
         for start in range(0, size, BLOCK):
@@ -84,7 +123,11 @@ def _quantize_rows(
             x = tl.load(x_row[:, None] + start + column[None, :], mask=mask, other=0.0)
             codes = _codes(x.to(tl.float32), amax)
             tl.store(codes_row[:, None] + start + column[None, :], codes, mask=mask)
-    tl.store(scale_ptr + row, _scale(amax), mask=inside)
+    if given_ptr is not None:
+        scale = tl.where(amax < float("inf"), given, float("nan"))
+    else:
+        scale = _scale(amax)
+    tl.store(scale_ptr + row, scale, mask=inside)
 
 
 @triton.jit
@@ -132,9 +175,15 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def quantize_activation(
-    x: Tensor, group_size: int = 0, config: RowsConfig | None = None
+    x: Tensor,
+    group_size: int = 0,
+    activation_scale: Tensor | None = None,
+    config: RowsConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return int8 codes of x [..., K] and float32 scales [..., K / group_size or 1]."""
+    """Return int8 codes of x [..., K] and float32 scales [..., K / group_size or 1].
+
+    `activation_scale` float32 [1] is the scale of all, without groups; None takes it from x.
+    """
     K = x.shape[-1]
     size = group_size or K
     flat = rows_of(x)
@@ -147,6 +196,7 @@ def quantize_activation(
         flat,
         codes,
         scale,
+        activation_scale,
         rows,
         size,
         flat.stride(0),
@@ -160,7 +210,9 @@ def quantize_activation(
     return codes, scale
 
 
-def inputs(x: Tensor, group_size: int | None, one_group: bool) -> tuple[Tensor, Tensor | None]:
+def inputs(
+    x: Tensor, group_size: int | None, activation_scale: Tensor | None, one_group: bool
+) -> tuple[Tensor, Tensor | None]:
     """Return x [M, K] as a sparse GEMM reads it, and the scales of codes.
 
     Floating point where `group_size` is None; and also, decoded again, where a step of the GEMM
@@ -169,7 +221,7 @@ def inputs(x: Tensor, group_size: int | None, one_group: bool) -> tuple[Tensor, 
     flat = rows_of(x)
     if group_size is None:
         return flat, None
-    codes, scale = quantize_activation(flat, group_size)
+    codes, scale = quantize_activation(flat, group_size, activation_scale)
     if scale.shape[1] > 1 and not one_group:
         return (codes.unflatten(1, (-1, group_size)) * scale[..., None]).flatten(1), None
     return codes, scale

@@ -73,6 +73,7 @@ def _expanded(
     weight_scale: Tensor | None,
     bias: Tensor | None,
     group_size: int | None,
+    activation_scale: Tensor | None,
 ) -> Tensor:
     """Compute `bitmap_sparse_linear` of a weight in bitmap tiles, written out as a dense one."""
     ops, K = torch.ops.llmq, x.shape[-1]
@@ -84,7 +85,7 @@ def _expanded(
     elif group_size is None:
         y = ops.weight_only_linear(x, dense, weight_scale, None, bias)
     else:
-        y = ops.int8_linear(x, dense, weight_scale, bias, group_size)
+        y = ops.int8_linear(x, dense, weight_scale, bias, group_size, activation_scale)
     return y
 
 

@@ -85,6 +85,22 @@ def _check_group(op: str, K: int, group_size: int | None) -> None:
     )
 
 
+def _check_static(op: str, group_size: int | None, K: int, scale: Tensor | None) -> None:
+    """Check an activation_scale but for its value: reading that would wait for a GPU."""
+    if scale is not None:
+        _check(
+            scale.dtype == torch.float32 and tuple(scale.shape) == (1,),
+            op,
+            f"activation_scale must be float32 [1], got {scale.dtype} {list(scale.shape)}",
+        )
+        _check(
+            group_size == 0 or (group_size == K and K > 0),
+            op,
+            f"activation_scale is one for all inputs: it goes with an activation group size of 0, "
+            f"got {group_size}",
+        )
+
+
 def _check_codes(op: str, weight: Tensor, bits: int, N: int, K: int) -> None:
     _check(bits in (4, 8), op, f"bits must be 8 or 4, got {bits}")
     if weight.dtype != torch.int8:
@@ -129,12 +145,17 @@ def _float_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _coded_linear(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, group_size: int
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    activation_scale: Tensor | None = None,
 ) -> Tensor:
     """y = x Wᵀ with int8 inputs and integer weights [N, K] already freed of their zero points."""
     K, N = x.shape[-1], weight_scale.shape[0]
     codes, x_scale = activation.quantize_activation(
-        x.reshape(math.prod(x.shape[:-1]), K), group_size
+        x.reshape(math.prod(x.shape[:-1]), K), group_size, activation_scale
     )
     group = math.gcd(K // weight_scale.shape[1], group_size or K)
     y = torch.zeros(codes.shape[0], N, dtype=torch.float32, device=x.device)
@@ -228,39 +249,54 @@ def _define(schema: str, op: type[_LinearOp]) -> None:
     )
 
 
-# -- quantize_activation: symmetric int8 codes and a float32 scale a token or group ----------------
+# -- quantize_activation: symmetric int8 codes, a float32 scale a token or group, or a given one ---
 
 
-def _quantize_activation(x: Tensor, group_size: int = 0) -> tuple[Tensor, Tensor]:
-    _check_x("quantize_activation", x)
-    _check_group("quantize_activation", x.shape[-1], group_size)
-    return activation.quantize_activation(x, group_size)
+def _check_quantize(x: Tensor, group_size: int, scale: Tensor | None) -> None:
+    op = "quantize_activation"
+    K = _check_x(op, x, scale)
+    _check_group(op, K, group_size)
+    _check_static(op, group_size, K, scale)
 
 
-def _quantize_activation_cuda(x: Tensor, group_size: int = 0) -> tuple[Tensor, Tensor]:
-    _check_x("quantize_activation", x)
-    _check_group("quantize_activation", x.shape[-1], group_size)
-    reference = functools.partial(activation.quantize_activation, x, group_size)
+def _quantize_activation(
+    x: Tensor, group_size: int = 0, activation_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    _check_quantize(x, group_size, activation_scale)
+    return activation.quantize_activation(x, group_size, activation_scale)
+
+
+def _quantize_activation_cuda(
+    x: Tensor, group_size: int = 0, activation_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    _check_quantize(x, group_size, activation_scale)
+    arguments = (x, group_size, activation_scale)
+    reference = functools.partial(activation.quantize_activation, *arguments)
     form = Format(activation_group=group_size)
-    codes, scale = gpu.run("quantize_activation", (x, group_size), reference, form, 1)
+    codes, scale = gpu.run("quantize_activation", arguments, reference, form, 1)
     return codes, scale
 
 
-def _quantize_activation_fake(x: Tensor, group_size: int = 0) -> tuple[Tensor, Tensor]:
-    _check_x("quantize_activation", x)
-    _check_group("quantize_activation", x.shape[-1], group_size)
+def _quantize_activation_fake(
+    x: Tensor, group_size: int = 0, activation_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    _check_quantize(x, group_size, activation_scale)
     groups = x.shape[-1] // group_size if group_size else 1
     codes = x.new_empty(x.shape, dtype=torch.int8)
     return codes, x.new_empty(*x.shape[:-1], groups, dtype=torch.float32)
 
 
-_library.define("quantize_activation(Tensor x, int group_size=0) -> (Tensor, Tensor)")
+_library.define(
+    "quantize_activation(Tensor x, int group_size=0, Tensor? activation_scale=None) "
+    "-> (Tensor, Tensor)"
+)
 _library.impl("quantize_activation", _quantize_activation, "CompositeExplicitAutograd")
 _library.impl("quantize_activation", _quantize_activation_cuda, "CUDA")
 torch.library.register_fake("llmq::quantize_activation", _quantize_activation_fake, lib=_library)
 
 
 # -- int8_linear (W8A8): exact int32 dots of codes, then x_scale · weight_scale + bias -------------
+# With an activation_scale [1], as a calibration has measured it, that is every token's x_scale.
 
 
 class _Int8Linear(NamedTuple):
@@ -269,10 +305,12 @@ class _Int8Linear(NamedTuple):
     weight_scale: Tensor
     bias: Tensor | None = None
     activation_group_size: int = 0
+    activation_scale: Tensor | None = None
 
     def check(self) -> int:
         op = "int8_linear"
-        K = _check_x(op, self.x, self.weight, self.weight_scale, self.bias)
+        others = (self.weight, self.weight_scale, self.bias, self.activation_scale)
+        K = _check_x(op, self.x, *others)
         N = _check_scale(op, K, self.weight_scale, self.bias)
         _check(
             self.weight_scale.shape[1] == 1,
@@ -282,6 +320,7 @@ class _Int8Linear(NamedTuple):
         )
         _check_codes(op, self.weight, 8, N, K)
         _check_group(op, K, self.activation_group_size)
+        _check_static(op, self.activation_group_size, K, self.activation_scale)
         return N
 
     @property
@@ -290,9 +329,8 @@ class _Int8Linear(NamedTuple):
 
     def reference(self) -> Tensor:
         codes = _canonical(self.weight, 8, self.weight_scale.shape[0], self.x.shape[-1])
-        return _coded_linear(
-            self.x, codes, self.weight_scale, self.bias, self.activation_group_size
-        )
+        group, scale = self.activation_group_size, self.activation_scale
+        return _coded_linear(self.x, codes, self.weight_scale, self.bias, group, scale)
 
     def dense(self) -> Tensor:
         K = self.x.shape[-1]
@@ -302,7 +340,7 @@ class _Int8Linear(NamedTuple):
 
 _define(
     "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, "
-    "int activation_group_size=0) -> Tensor",
+    "int activation_group_size=0, Tensor? activation_scale=None) -> Tensor",
     _Int8Linear,
 )
 
@@ -422,9 +460,11 @@ def _check_sparse(
     weight_scale: Tensor | None,
     bias: Tensor | None,
     group_size: int | None,
+    activation_scale: Tensor | None,
 ) -> None:
-    K = _check_x(op, x, weight, weight_scale, bias)
+    K = _check_x(op, x, weight, weight_scale, bias, activation_scale)
     _check_group(op, K, group_size)
+    _check_static(op, group_size, K, activation_scale)
     _check(
         (weight.dtype == torch.int8) == (weight_scale is not None),
         op,
@@ -447,10 +487,11 @@ def _sparse_linear(
     weight_scale: Tensor | None,
     bias: Tensor | None,
     group_size: int | None,
+    activation_scale: Tensor | None,
 ) -> Tensor:
     if weight_scale is None or group_size is None:
         return _float_linear(x, _scaled(values, weight_scale), bias)
-    return _coded_linear(x, values, weight_scale, bias, group_size)
+    return _coded_linear(x, values, weight_scale, bias, group_size, activation_scale)
 
 
 def _scaled(values: Tensor, weight_scale: Tensor | None) -> Tensor:
@@ -465,6 +506,7 @@ class _BitmapSparseLinear(NamedTuple):
     weight_scale: Tensor | None = None
     bias: Tensor | None = None
     activation_group_size: int | None = None
+    activation_scale: Tensor | None = None
 
     def _rows(self) -> int:
         # In panels the offsets are of panels, not of rows; those always come with a scale. In tiles
@@ -475,9 +517,9 @@ class _BitmapSparseLinear(NamedTuple):
         return 32 * self.row_offsets.shape[0] if strips else self.row_offsets.numel() - 1
 
     def check(self) -> int:
+        inputs = (self.activation_group_size, self.activation_scale)
         op, N = "bitmap_sparse_linear", self._rows()
-        group_size = self.activation_group_size
-        _check_sparse(op, self.x, self.weight, N, self.weight_scale, self.bias, group_size)
+        _check_sparse(op, self.x, self.weight, N, self.weight_scale, self.bias, *inputs)
         return N
 
     @property
@@ -495,8 +537,8 @@ class _BitmapSparseLinear(NamedTuple):
         return bitmap.decode(*stored, K)
 
     def reference(self) -> Tensor:
-        group_size = self.activation_group_size
-        return _sparse_linear(self.x, self._values(), self.weight_scale, self.bias, group_size)
+        inputs = (self.activation_group_size, self.activation_scale)
+        return _sparse_linear(self.x, self._values(), self.weight_scale, self.bias, *inputs)
 
     def dense(self) -> Tensor:
         return _scaled(self._values(), self.weight_scale)
@@ -504,7 +546,8 @@ class _BitmapSparseLinear(NamedTuple):
 
 _define(
     "bitmap_sparse_linear(Tensor x, Tensor weight, Tensor weight_bitmask, Tensor row_offsets, "
-    "Tensor? weight_scale=None, Tensor? bias=None, int? activation_group_size=None) -> Tensor",
+    "Tensor? weight_scale=None, Tensor? bias=None, int? activation_group_size=None, "
+    "Tensor? activation_scale=None) -> Tensor",
     _BitmapSparseLinear,
 )
 
@@ -516,14 +559,12 @@ class _SemiStructuredLinear(NamedTuple):
     weight_scale: Tensor | None = None
     bias: Tensor | None = None
     activation_group_size: int | None = None
+    activation_scale: Tensor | None = None
 
     def check(self) -> int:
-        op, N, group_size = (
-            "semi_structured_linear",
-            self.weight.shape[0],
-            self.activation_group_size,
-        )
-        _check_sparse(op, self.x, self.weight, N, self.weight_scale, self.bias, group_size)
+        inputs = (self.activation_group_size, self.activation_scale)
+        op, N = "semi_structured_linear", self.weight.shape[0]
+        _check_sparse(op, self.x, self.weight, N, self.weight_scale, self.bias, *inputs)
         return N
 
     @property
@@ -534,8 +575,8 @@ class _SemiStructuredLinear(NamedTuple):
         return semi_structured.decode(self.weight, self.weight_meta, self.x.shape[-1])
 
     def reference(self) -> Tensor:
-        group_size = self.activation_group_size
-        return _sparse_linear(self.x, self._values(), self.weight_scale, self.bias, group_size)
+        inputs = (self.activation_group_size, self.activation_scale)
+        return _sparse_linear(self.x, self._values(), self.weight_scale, self.bias, *inputs)
 
     def dense(self) -> Tensor:
         return _scaled(self._values(), self.weight_scale)
@@ -543,7 +584,8 @@ class _SemiStructuredLinear(NamedTuple):
 
 _define(
     "semi_structured_linear(Tensor x, Tensor weight, Tensor weight_meta, "
-    "Tensor? weight_scale=None, Tensor? bias=None, int? activation_group_size=None) -> Tensor",
+    "Tensor? weight_scale=None, Tensor? bias=None, int? activation_group_size=None, "
+    "Tensor? activation_scale=None) -> Tensor",
     _SemiStructuredLinear,
 )
 
@@ -556,13 +598,15 @@ class _BlockSparseLinear(NamedTuple):
     weight_scale: Tensor | None = None
     bias: Tensor | None = None
     activation_group_size: int | None = None
+    activation_scale: Tensor | None = None
 
     def _rows(self) -> int:
         return (self.block_offsets.numel() - 1) * self.weight.shape[1]
 
     def check(self) -> int:
-        op, N, group_size = "block_sparse_linear", self._rows(), self.activation_group_size
-        _check_sparse(op, self.x, self.weight, N, self.weight_scale, self.bias, group_size)
+        inputs = (self.activation_group_size, self.activation_scale)
+        op, N = "block_sparse_linear", self._rows()
+        _check_sparse(op, self.x, self.weight, N, self.weight_scale, self.bias, *inputs)
         return N
 
     @property
@@ -574,8 +618,8 @@ class _BlockSparseLinear(NamedTuple):
         return block.decode(self.weight, self.block_index, self.block_offsets, K, N)
 
     def reference(self) -> Tensor:
-        group_size = self.activation_group_size
-        return _sparse_linear(self.x, self._values(), self.weight_scale, self.bias, group_size)
+        inputs = (self.activation_group_size, self.activation_scale)
+        return _sparse_linear(self.x, self._values(), self.weight_scale, self.bias, *inputs)
 
     def dense(self) -> Tensor:
         return _scaled(self._values(), self.weight_scale)
@@ -583,7 +627,8 @@ class _BlockSparseLinear(NamedTuple):
 
 _define(
     "block_sparse_linear(Tensor x, Tensor weight, Tensor block_index, Tensor block_offsets, "
-    "Tensor? weight_scale=None, Tensor? bias=None, int? activation_group_size=None) -> Tensor",
+    "Tensor? weight_scale=None, Tensor? bias=None, int? activation_group_size=None, "
+    "Tensor? activation_scale=None) -> Tensor",
     _BlockSparseLinear,
 )
 
@@ -604,10 +649,13 @@ _library.define("cpu_isa() -> str")
 _library.define("set_cpu_isa(str isa) -> ()")
 
 # Of CUDA tensors, with the arguments of the op that they stand for; `llmq/gpu.py` calls them.
-_library.define("cuda_quantize_activation(Tensor x, int group_size) -> (Tensor, Tensor)")
+_library.define(
+    "cuda_quantize_activation(Tensor x, int group_size, Tensor? activation_scale=None) "
+    "-> (Tensor, Tensor)"
+)
 _library.define(
     "cuda_int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, "
-    "int activation_group_size) -> Tensor"
+    "int activation_group_size, Tensor? activation_scale=None) -> Tensor"
 )
 _library.define(
     "cuda_weight_only_linear(Tensor x, Tensor weight, Tensor weight_scale, "
@@ -615,11 +663,13 @@ _library.define(
 )
 _library.define(
     "cuda_semi_structured_linear(Tensor x, Tensor weight, Tensor weight_meta, "
-    "Tensor? weight_scale, Tensor? bias, int? activation_group_size) -> Tensor"
+    "Tensor? weight_scale, Tensor? bias, int? activation_group_size, "
+    "Tensor? activation_scale=None) -> Tensor"
 )
 _library.define(
     "cuda_bitmap_sparse_linear(Tensor x, Tensor weight, Tensor weight_bitmask, Tensor row_offsets, "
-    "Tensor? weight_scale, Tensor? bias, int? activation_group_size) -> Tensor"
+    "Tensor? weight_scale, Tensor? bias, int? activation_group_size, "
+    "Tensor? activation_scale=None) -> Tensor"
 )
 _library.define(
     "cuda_expand_bitmap(Tensor weight, Tensor weight_bitmask, Tensor row_offsets, int N, int K) "

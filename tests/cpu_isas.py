@@ -81,7 +81,12 @@ def each_isa() -> Iterator[str]:
 
 
 def int8_product(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, group: int
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    group: int,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y [..., N] of int8 activations in float64, and how far kernels may be off.
 
@@ -90,7 +95,8 @@ def int8_product(
     of values no larger than the sum of the magnitudes.
     """
     K, N = x.shape[-1], weight.shape[0]
-    codes, x_scale = activation.quantize_activation(torch.atleast_2d(x).flatten(0, -2), group)
+    rows = torch.atleast_2d(x).flatten(0, -2)
+    codes, x_scale = activation.quantize_activation(rows, group, given)
     G = x_scale.shape[1]
     exact = torch.einsum(
         "mgk,ngk->mgn",

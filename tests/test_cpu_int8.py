@@ -40,10 +40,16 @@ SHAPES = (
 
 
 def _check_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, group: int, stored: Tensor
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    group: int,
+    stored: Tensor,
+    given: Tensor | None = None,
 ) -> None:
-    expected, tolerance = int8_product(x, weight, scale, bias, group)
-    y = ops.int8_linear(x, stored, scale, bias, group)
+    expected, tolerance = int8_product(x, weight, scale, bias, group, given)
+    y = ops.int8_linear(x, stored, scale, bias, group, given)
     assert y.dtype == x.dtype
     assert_within(y, expected, tolerance, ops.cpu_isa())
 
@@ -66,6 +72,8 @@ def test_int8_linear(isa: str, shape: tuple[int, int, int, int], dtype: torch.dt
     panels = ops.pack_panels(weight, 8)
     _check_linear(x, weight, scale, bias, group, panels)
     _check_linear(x, weight, scale, None, group, weight)
+    if group == 0:
+        _check_linear(x, weight, scale, bias, 0, panels, torch.tensor([0.02]))
 
 
 @settings(max_examples=60, deadline=None)
@@ -140,6 +148,24 @@ def test_infinite_and_nan_inputs_give_nan_rows_only(isa: str, group: int) -> Non
     assert torch.equal(y[6], bias)
 
 
+def test_a_given_scale_is_that_of_every_token(isa: str) -> None:
+    x, weight, _, bias = _inputs(6, 37, 64, torch.float32)
+    x = x.clamp(-3, 3)
+    x[:, 7] = 2.54  # 127 steps, so that a scale taken from the inputs is the same
+    x = x.clamp(-2.54, 2.54)
+    given, ones = torch.tensor([2.54]) / 127, torch.ones(37, 1)
+    y = ops.int8_linear(x, weight, ones, bias, 0, given)
+    codes, _ = activation.quantize_activation(x, 0, given)
+    dots = codes.double() @ weight.double().T
+    assert_within(y, dots * given.double() + bias.double(), dots.abs() * 2.0**-23 + 2.0**-22, isa)
+    x[2, 5], x[4, 63] = float("nan"), float("inf")
+    again = ops.int8_linear(x, weight, ones, bias, 0, given)
+    assert again[[2, 4]].isnan().all()
+    assert torch.equal(again[[0, 1, 3, 5]], y[[0, 1, 3, 5]])
+    for bad in (0.0, -1.0, float("nan"), float("inf")):
+        assert ops.int8_linear(x, weight, ones, bias, 0, torch.tensor([bad])).isnan().all()
+
+
 @pytest.mark.parametrize(
     ("M", "N", "K"), [(1, 1536, 576), (40, 700, 900), (600, 130, 300), (256, 20, 2048)]
 )
@@ -166,6 +192,12 @@ def test_threads_change_nothing(isa: str, M: int, N: int, K: int) -> None:
         ({"weight_scale": torch.ones(5, 1).half()}, "weight_scale must be contiguous float32"),
         ({"bias": torch.zeros(4)}, r"bias must be \[5\], got \[4\]"),
         ({"activation_group_size": 3}, "activation group size 3 does not divide K=8"),
+        ({"activation_scale": torch.ones(2)}, r"activation_scale must be \[1\], got \[2\]"),
+        ({"activation_scale": torch.ones(1).half()}, "activation_scale must be contiguous float32"),
+        (
+            {"activation_scale": torch.ones(1), "activation_group_size": 4},
+            "one activation_scale for all inputs has no groups, got group size 4",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -182,9 +214,9 @@ def test_errors_name_what_was_given(change: dict[str, object], message: str) -> 
 # -- quantize_activation --------------------------------------------------------------------------
 
 
-def _check_quantize(x: Tensor, group: int) -> None:
-    codes, scale = ops.quantize_activation(x, group)
-    expected_codes, expected_scale = activation.quantize_activation(x, group)
+def _check_quantize(x: Tensor, group: int, given: Tensor | None = None) -> None:
+    codes, scale = ops.quantize_activation(x, group, given)
+    expected_codes, expected_scale = activation.quantize_activation(x, group, given)
     assert codes.dtype == torch.int8 and scale.dtype == torch.float32
     assert torch.equal(codes, expected_codes)
     assert torch.equal(scale.nan_to_num(-1), expected_scale.nan_to_num(-1))
@@ -210,6 +242,8 @@ def test_quantize_activation_of_special_rows(isa: str, dtype: torch.dtype) -> No
     _check_quantize(x, 37)
     _check_quantize(x, 1)
     _check_quantize(x.reshape(1, *x.shape), 0)
+    for static in (0.25, 1.0, 1e-20, 3e38, 1.1e-30, 1e-31, 0.0, -1.0, float("inf"), float("nan")):
+        _check_quantize(x, 0, torch.tensor([static]))
 
 
 @settings(max_examples=100, deadline=None)
@@ -220,6 +254,7 @@ def test_quantize_activation_of_any_floats(values: list[float]) -> None:
         for dtype in DTYPES:
             _check_quantize(x.to(dtype), 0)
             _check_quantize(x.to(dtype), 1)
+            _check_quantize(x.to(dtype), 0, torch.tensor([0.3]))
 
 
 def test_quantize_activation_in_two_threads(isa: str) -> None:

@@ -143,6 +143,17 @@ def test_quantize_equals_the_reference(group: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("given", [0.01, 1.0, 1e-20, 3e38, 1e-31, 0.0, -1.0, torch.inf, torch.nan])
+def test_quantize_on_a_given_scale_equals_the_reference(given: float, dtype: torch.dtype) -> None:
+    x = tokens(6, 224, dtype)
+    x[1], x[2, 5], x[3, 40], x[4] = 0, float("inf"), float("nan"), 1e-38
+    scale = torch.tensor([given])
+    found = emulator.quantize(x, 0, scale)
+    for y, expected in zip(found, activation.quantize_activation(x, 0, scale), strict=True):
+        assert_equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize(("M", "N", "K"), SHAPES)
 def test_int8_equals_the_reference_to_the_bit(M: int, N: int, K: int, dtype: torch.dtype) -> None:
     weight = torch.randint(-127, 128, (N, K), generator=generator(1), dtype=torch.int8)

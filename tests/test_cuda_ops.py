@@ -32,6 +32,43 @@ def test_quantize_activation(shape: tuple[int, ...]) -> None:
             assert_equal(y, expected)
 
 
+def test_a_given_scale_is_that_of_every_token() -> None:
+    """Of each op that takes one, to the bit; a scale that is none gives NaN."""
+    N, K, native = 70, 256, torch.ops.llmq
+    scale, bias = torch.rand(N, 1, generator=generator(2)), torch.randn(N)
+    dense = torch.randint(-127, 128, (N, K), generator=generator(1), dtype=torch.int8)
+    _, encoded, packed = sparse(N, K, 0.4, torch.int8)
+    stored, _ = pairs(N, K)
+    x = tokens(9, K, torch.bfloat16)
+    for given in (torch.tensor([0.02]), torch.tensor([float("nan")])):
+        last = (scale, bias, 0, given)
+        found = {
+            "int8": (
+                native.cuda_int8_linear(x, dense, *last),
+                ops._Int8Linear(x, dense, *last),
+            ),
+            "bitmap": (
+                native.cuda_bitmap_sparse_linear(x, *packed, *last),
+                ops._BitmapSparseLinear(x, *encoded, *last),
+            ),
+            "2:4": (
+                native.cuda_semi_structured_linear(x, *stored, *last),
+                ops._SemiStructuredLinear(x, *stored, *last),
+            ),
+        }
+        for name, (y, call) in found.items():
+            assert_equal(y, call.reference(), name)
+            assert bool(y.isnan().all()) == bool(given.isnan()), name
+        for y, expected in zip(
+            native.cuda_quantize_activation(x, 0, given),
+            activation.quantize_activation(x, 0, given),
+            strict=True,
+        ):
+            assert_equal(y, expected)
+    with pytest.raises(ValueError, match="activation_scale must be float32"):
+        native.cuda_int8_linear(x, dense, scale, bias, 32, torch.ones(1))
+
+
 # K of one chunk and of many, so that there are slices; more tokens than a block has.
 @pytest.mark.parametrize("group", [0, 32, 96])
 @pytest.mark.parametrize(("M", "N", "K"), [(1, 1, 96), (3, 130, 1056), (40, 5, 288)])

@@ -64,6 +64,12 @@ class Draw(random.Random):
     def scale(self, N: int, G: int) -> Tensor:
         return torch.rand(N, G) * 0.01 + 1e-4
 
+    def static(self, group: int | None) -> Tensor | None:
+        """A scale for all inputs, of much more than they are or much less; or None."""
+        if group != 0:
+            return None
+        return self.choice([None, torch.tensor([10.0 ** self.uniform(-6, 2)])])
+
 
 class Case(NamedTuple):
     """Arguments of an op in both layouts, and how its sums are scaled."""
@@ -79,7 +85,7 @@ def _int8(draw: Draw) -> Case:
     group = draw.choice([0, draw.divisor(K)])
     weight, scale, bias = draw.codes(N, K), draw.scale(N, 1), draw.bias(N)
     panels = ops.pack_panels(weight, 8)
-    rest = (scale, bias, group)
+    rest = (scale, bias, group, draw.static(group))
     return Case(draw.x(K), (weight, *rest), (panels, *rest), K // max(group, 1))
 
 
@@ -118,7 +124,7 @@ def _bitmap(draw: Draw) -> Case:
         return Case(draw.x(K), stored, stored, None)
     canonical = bitmap.encode(draw.codes(N, K), mask)
     panels = ops.pack_bitmap_panels(*canonical, K)
-    rest = (draw.scale(N, 1), bias, group)
+    rest = (draw.scale(N, 1), bias, group, draw.static(group))
     steps = None if group is None else K // max(group, 1)
     return Case(draw.x(K), (*canonical, *rest), (*panels, *rest), steps)
 
@@ -166,7 +172,11 @@ def _tolerance(case: Case, reference: Any, expected: Tensor) -> Tensor:
     else:
         # The dots are exact; each group's is rounded, scaled twice and added, then bias is. Codes
         # are within half a step of x: 2⁻⁷ of a row's largest value covers what rounding up adds.
+        # Half a step of a scale that is given, likewise, which may be more than the row has.
+        static = getattr(reference, "activation_scale", None)
         largest = rows.double().abs().amax(-1, keepdim=True) if rows.shape[1] else 0.0
+        if static is not None:
+            largest = (largest + 127 * static.double()).expand(len(rows), 1)
         magnitude = (rows.double().abs() + 2**-7 * largest) @ dense.double().abs().T
         magnitude = magnitude + (0 if bias is None else bias.double().abs())
         tolerance = (case.steps + 6) * 2**-24 * magnitude
@@ -203,16 +213,17 @@ def test_quantize_activation(seed: int) -> None:
         torch.manual_seed(draw.randrange(2**31))
         K = draw.size(4, 16, 64)
         x, group = draw.x(K), draw.choice([0, draw.divisor(K)])
+        given = draw.static(group)
         if x.numel() and draw.random() < 0.3:
             x = x.contiguous()
             special = draw.choice([float("nan"), float("inf"), 1e-31, 6e4, -0.0])
             x.view(-1)[draw.randrange(x.numel())] = special
-        codes, scale = activation.quantize_activation(x, group)
+        codes, scale = activation.quantize_activation(x, group, given)
         for isa in available():
             ops.set_cpu_isa(isa)
             torch.set_num_threads(draw.randint(1, 2))
             what = f"case {number}: {x.dtype} {list(x.shape)}/{list(x.stride())} by {group}, {isa}"
-            native_codes, native_scale = ops.quantize_activation(x, group)
+            native_codes, native_scale = ops.quantize_activation(x, group, given)
             assert torch.equal(native_codes, codes), what
             assert torch.equal(native_scale.nan_to_num(-1), scale.nan_to_num(-1)), what
 
@@ -237,6 +248,9 @@ def test_large_enough_for_threads(seed: int) -> None:
         "codebook": lambda: ops.codebook_linear(x, panels, torch.linspace(-1, 1, 256)[None], scale),
         "bitmap": lambda: ops.bitmap_sparse_linear(
             x, *ops.pack_bitmap_panels(*kept, K), scale, None, 0
+        ),
+        "bitmap, static": lambda: ops.bitmap_sparse_linear(
+            x, *ops.pack_bitmap_panels(*kept, K), scale, None, 0, torch.tensor([0.02])
         ),
         "bitmap, floats": lambda: ops.bitmap_sparse_linear(x, *kept, scale),
     }

@@ -67,7 +67,7 @@ def test_cuda_kernels_come_first_for_few_tokens(
     op = "quantize_activation"
     calls = []
 
-    def kernel(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    def kernel(x: Tensor, group_size: int, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         calls.append(group_size)
         return activation.quantize_activation(x, group_size)
 

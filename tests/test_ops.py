@@ -11,6 +11,7 @@ from llmq.formats import activation, bitmap, block, codebook, semi_structured, u
 from llmq.scheme import PRESETS, Scheme, parse_pattern, resolve_scheme
 
 N, K = 24, 64
+STATIC = torch.tensor([0.015])  # of normal inputs, of which some are beyond 127 steps
 
 
 def _weight(seed: int = 0) -> Tensor:
@@ -24,6 +25,7 @@ def _cases() -> dict[str, tuple[str, tuple, Tensor]]:
     cases = {
         "int8": ("int8_linear", (channel.weight, channel.weight_scale, None, 0)),
         "int8-g16": ("int8_linear", (channel.weight, channel.weight_scale, None, 16)),
+        "int8-static": ("int8_linear", (channel.weight, channel.weight_scale, None, 0, STATIC)),
     }
     dense = {name: uniform.decode(*channel, bits=8, K=K) for name in cases}
     for bits in (8, 4):
@@ -41,11 +43,11 @@ def _cases() -> dict[str, tuple[str, tuple, Tensor]]:
     mask = torch.rand(N, K, generator=torch.Generator().manual_seed(1)) < 0.5
     pairs = torch.arange(K).remainder(4).lt(2).expand(N, K)
     blocks = mask[::8, ::8].repeat_interleave(8, 0).repeat_interleave(8, 1)
-    for values, scale, kind in (
-        (weight, None, "float"),
-        (channel.weight, channel.weight_scale, "int8"),
+    for values, scale, kind, *inputs in (
+        (weight, None, "float", None),
+        (channel.weight, channel.weight_scale, "int8", 16),
+        (channel.weight, channel.weight_scale, "int8-static", 0, STATIC),
     ):
-        group = None if scale is None else 16
         kept = {"bitmap": mask, "semi": pairs, "block": blocks}
         stored = {
             "bitmap": ("bitmap_sparse_linear", tuple(bitmap.encode(values, mask))),
@@ -53,7 +55,7 @@ def _cases() -> dict[str, tuple[str, tuple, Tensor]]:
             "block": ("block_sparse_linear", tuple(block.encode(values, (8, 8), blocks))),
         }
         for name, (op, tensors) in stored.items():
-            cases[f"{name}-{kind}"] = (op, (*tensors, scale, None, group))
+            cases[f"{name}-{kind}"] = (op, (*tensors, scale, None, *inputs))
             full = values.float() if scale is None else values.float() * scale
             dense[f"{name}-{kind}"] = torch.where(kept[name], full, 0.0)
     return {name: (*case, dense[name]) for name, case in cases.items()}
@@ -77,9 +79,12 @@ def _call(name: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
     return getattr(torch.ops.llmq, op)(x, *args)
 
 
-def _quantizes_inputs(name: str) -> int | None:
+def _inputs(name: str) -> tuple[int | None, Tensor | None]:
+    """The activation group and scale of a case."""
     op, args, _ = CASES[name]
-    return args[-1] if op != "codebook_linear" else None
+    if isinstance(args[-1], Tensor):
+        return args[-2], args[-1]
+    return (args[-1] if op != "codebook_linear" else None), None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -90,9 +95,9 @@ def test_equals_product_with_decoded_weight(name: str, shape: tuple, dtype: torc
     bias = torch.randn(N, generator=torch.Generator().manual_seed(3)).to(dtype)
     y = _call(name, x, bias)
     inputs = x.float()
-    group = _quantizes_inputs(name)
+    group, given = _inputs(name)
     if group is not None:
-        codes, scale = activation.quantize_activation(x, group)
+        codes, scale = activation.quantize_activation(x, group, given)
         inputs = (codes.float().unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]).flatten(-2)
     dense = CASES[name][2]
     expected = inputs.double() @ dense.double().T + bias.double()
@@ -113,9 +118,10 @@ def test_opcheck(name: str) -> None:
 
 def test_opcheck_quantize_activation() -> None:
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        torch.ops.llmq.quantize_activation, (torch.randn(3, K), 16), test_utils=tests
-    )
+    for inputs in ((16,), (0, STATIC)):
+        torch.library.opcheck(
+            torch.ops.llmq.quantize_activation, (torch.randn(3, K), *inputs), test_utils=tests
+        )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -152,6 +158,9 @@ def test_refuses_bad_arguments() -> None:
         (x, encoded.weight, encoded.weight_scale, torch.zeros(N + 1), 0),
         (x, encoded.weight, encoded.weight_scale, None, 48),
         (torch.tensor(1.0), encoded.weight, encoded.weight_scale, None, 0),
+        (x, encoded.weight, encoded.weight_scale, None, 0, torch.ones(2)),
+        (x, encoded.weight, encoded.weight_scale, None, 0, torch.ones(1).double()),
+        (x, encoded.weight, encoded.weight_scale, None, 16, torch.ones(1)),
     ]
     for args in table:
         with pytest.raises((ValueError, TypeError, RuntimeError)):

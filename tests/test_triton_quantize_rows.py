@@ -20,9 +20,11 @@ SPECIAL = (0.0, -0.0, 1e-45, 1e-31, -1e-30, 1.1e-30, 1e-20, 1.0, -3e38)
 SHAPES = ((1, 1, 0), (3, 7, 0), (2, 17, 1), (5, 63, 21), (4, 96, 48), (9, 65, 0), (70, 128, 64))
 
 
-def _check(x: Tensor, group: int, config: Any = None) -> None:
-    codes, scale = quantize_rows.quantize_activation(x.to(DEVICE), group, config)
-    expected = activation.quantize_activation(x, group)
+def _check(x: Tensor, group: int, config: Any = None, given: float | None = None) -> None:
+    static = None if given is None else torch.tensor([given])
+    on_device = None if static is None else static.to(DEVICE)
+    codes, scale = quantize_rows.quantize_activation(x.to(DEVICE), group, on_device, config)
+    expected = activation.quantize_activation(x, group, static)
     assert_equal(codes.cpu(), expected[0], "codes")
     assert_equal(scale.cpu(), expected[1], "scale")
 
@@ -35,14 +37,33 @@ def test_equals_the_reference(M: int, K: int, group: int, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("M", "K"), [(1, 1), (3, 7), (9, 65), (70, 128)])
+def test_a_given_scale_equals_the_reference(M: int, K: int, dtype: torch.dtype) -> None:
+    x = torch.randn(M, K, generator=generator(M)) * torch.logspace(-3, 3, M)[:, None]
+    _check(x.to(dtype), 0, given=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", [None, 16])
+def test_special_rows_on_a_given_scale(dtype: torch.dtype, block: int | None) -> None:
+    config = None if block is None else quantize_rows.RowsConfig(2, block, num_warps=4)
+    for given in (0.25, 1.0, 1e-20, 3e38, 1.1e-30, 1e-31, 0.0, -1.0, float("inf"), float("nan")):
+        _check(special_rows().to(dtype), 0, config, given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group", [0, 1, 37])
 def test_special_rows(dtype: torch.dtype, group: int) -> None:
+    _check(special_rows().to(dtype), group)
+
+
+def special_rows() -> Tensor:
     rows = [torch.full((37,), value) for value in SPECIAL]
     normal, last = torch.randn(37, generator=generator(1)), torch.tensor(36)
     rows += [normal.index_fill(0, last, float(value)) for value in ("nan", "inf", "-inf")]
     rows.append(torch.arange(37) - 18.5)  # halves: ties that round to even
     rows.append(torch.linspace(-127, 127, 37) * 0.5)
-    _check(torch.stack(rows).to(dtype), group)
+    return torch.stack(rows)
 
 
 def test_long_rows_take_two_passes() -> None:

@@ -219,11 +219,15 @@ Tensor float_values(const TensorRows& x, const Tensor& weight, const Tensor& wei
 Tensor bitmap_sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_bitmask,
                             const Tensor& row_offsets, const OptionalTensor& weight_scale,
                             const OptionalTensor& bias,
-                            std::optional<int64_t> activation_group_size) {
+                            std::optional<int64_t> activation_group_size,
+                            const OptionalTensor& activation_scale) {
   const TensorRows rows = rows_of(kOp, x);
   const bool codes = activation_group_size.has_value();
   const int64_t group = activation_group_size.value_or(0);
   check_group(kOp, group, rows.K);
+  const float* const given = given_scale(kOp, activation_scale, group, rows.K);
+  LLMQ_CHECK(codes || given == nullptr, kOp,
+             "activation_scale needs an activation group size of 0");
   LLMQ_CHECK((weight.scalar_type() == ScalarType::Char) == weight_scale.has_value(), kOp,
              "int8 values need a weight_scale and floating-point values take none, got ",
              torch::headeronly::toString(weight.scalar_type()), " ",
@@ -253,7 +257,7 @@ Tensor bitmap_sparse_linear(const Tensor& x, const Tensor& weight, const Tensor&
   for (int64_t m = 0; m < M; m += pass) {
     const Result result(y.mutable_data_ptr(), rows, m, std::min(pass, M - m), N, biases);
     if (codes || K == 0) {
-      multiply(w, quantize(rows, m, result.rows, group), result.rows, group == 0 ? K : group,
+      multiply(w, quantize(rows, m, result.rows, group, given), result.rows, group == 0 ? K : group,
                biases, result.y);
     } else {
       multiply_floats(w, rows, m, result);

@@ -166,7 +166,18 @@ void check_group(const char* op, int64_t group_size, int64_t K) {
              "activation group size ", group_size, " does not divide K=", K);
 }
 
-Activations quantize(const Rows& x, int64_t m, int64_t rows, int64_t group_size) {
+const float* given_scale(const char* op, const OptionalTensor& scale, int64_t group_size,
+                         int64_t K) {
+  if (!scale.has_value()) return nullptr;
+  LLMQ_CHECK(scale->dim() == 1 && scale->size(0) == 1, op, "activation_scale must be [1], got ",
+             shape_of(*scale));
+  LLMQ_CHECK(group_size == 0 || group_size == K, op,
+             "one activation_scale for all inputs has no groups, got group size ", group_size);
+  return float_data(op, "activation_scale", *scale);
+}
+
+Activations quantize(const Rows& x, int64_t m, int64_t rows, int64_t group_size,
+                     const float* given) {
   const int64_t group = group_size == 0 ? x.K : group_size;
   const int64_t groups = group == 0 ? 1 : x.K / group;
   // 8: a block of panels4 reads that many codes at once.
@@ -177,7 +188,7 @@ Activations quantize(const Rows& x, int64_t m, int64_t rows, int64_t group_size)
   QuantizeRowsFn* const kernel = quantize_rows();
   parallel_rows(rows, x.K, [&](int64_t begin, int64_t end) {
     kernel({x.row(m + begin), x.K, x.dtype, end - begin, x.K, group, out.codes + begin * stride,
-            stride, columns, out.scale + begin * groups, out.offset + begin * groups});
+            stride, columns, out.scale + begin * groups, out.offset + begin * groups, given});
   });
   return out;
 }

@@ -113,8 +113,9 @@ struct Activations {
 };
 
 // Quantizes rows m … m + rows of x into the calling thread's scratch, in parallel where it pays.
-// group_size 0 means one scale a token; it must divide K.
-Activations quantize(const Rows& x, int64_t m, int64_t rows, int64_t group_size);
+// group_size 0 means one scale a token; it must divide K. `given`: the scale of all, or null.
+Activations quantize(const Rows& x, int64_t m, int64_t rows, int64_t group_size,
+                     const float* given = nullptr);
 
 // Calls body(begin, end) over units of `work` each, on one thread unless there is more than `grain`:
 // what one core does in some 50 us. Waking a second thread took 10 us while it spun and up to 100 us
@@ -143,6 +144,10 @@ void for_panels(int64_t N, int64_t work, int64_t grain, const Body& body) {
 }
 
 void check_group(const char* op, int64_t group_size, int64_t K);
+
+// An activation_scale [1] that is given for all tokens, or null; checked against the group size.
+const float* given_scale(const char* op, const OptionalTensor& scale, int64_t group_size,
+                         int64_t K);
 
 // int8_gemm for groups that end inside a block of 4 inputs, which no microkernel takes: right,
 // slow.

@@ -78,11 +78,13 @@ void int8_product(const Int8Weight& w, const float* bias, const Activations& a, 
 }
 
 Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                   const OptionalTensor& bias, int64_t activation_group_size) {
+                   const OptionalTensor& bias, int64_t activation_group_size,
+                   const OptionalTensor& activation_scale) {
   const TensorRows rows = rows_of(kOp, x);
   const Int8Weight w(kOp, weight, weight_scale, rows.K);
   const int64_t M = rows.M, N = w.N;
   check_group(kOp, activation_group_size, rows.K);
+  const float* const given = given_scale(kOp, activation_scale, activation_group_size, rows.K);
   const float* const biases = float_bias(kOp, bias, N);
   const Tensor out = empty_output(rows, N);
   if (M == 0 || N == 0) return out;
@@ -91,7 +93,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
   char* const y = static_cast<char*>(out.mutable_data_ptr());
   for (int64_t m = 0; m < M; m += kMaxTokens) {
     const int64_t tokens = std::min(kMaxTokens, M - m);
-    const Activations a = quantize(rows, m, tokens, activation_group_size);
+    const Activations a = quantize(rows, m, tokens, activation_group_size, given);
     char* const target = y + m * N * rows.element_size();
     float* const result = rows.dtype == Dtype::f32 ? reinterpret_cast<float*>(target)
                                                    : scratch<float>(Slot::y, tokens * N);

@@ -46,6 +46,8 @@ ConvertRowsFn from_float_portable, from_float_avx2, from_float_avx512vnni, from_
 // quantize_rows: symmetric int8 codes, one scale a token or group of inputs
 // scale = max|x| / 127, code = round_half_even(x · (127 / max|x|)); a row whose max|x| is at most
 // 1e-30 gets codes 0 and its own scale, one with NaN or infinity codes 0 and scale NaN.
+// With a given scale, code = round_half_even(clamp(x · (1 / scale), ±127)), in one pass; a given scale
+// that is not in (1e-30, infinity) is as an input that is NaN.
 struct QuantizeRows {
   const void* x;  // [rows, K]
   int64_t x_stride;
@@ -57,6 +59,7 @@ struct QuantizeRows {
   int64_t codes_columns;
   float* scale;     // [rows, K / group_size]
   int32_t* offset;  // [rows, K / group_size] −128 · Σ codes, what u8 weights add too much; or null
+  const float* given = nullptr;  // the scale of all rows; null: from their inputs
 };
 using QuantizeRowsFn = void(const QuantizeRows&);
 QuantizeRowsFn quantize_rows_portable, quantize_rows_avx2, quantize_rows_avx512vnni,

@@ -15,10 +15,12 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
 
-std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x, int64_t group_size);
+std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x, int64_t group_size,
+                                               const OptionalTensor& activation_scale);
 
 Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                   const OptionalTensor& bias, int64_t activation_group_size);
+                   const OptionalTensor& bias, int64_t activation_group_size,
+                   const OptionalTensor& activation_scale);
 
 Tensor weight_only_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                           const OptionalTensor& weight_zero_point, const OptionalTensor& bias,
@@ -30,7 +32,8 @@ Tensor codebook_linear(const Tensor& x, const Tensor& weight, const Tensor& weig
 Tensor bitmap_sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_bitmask,
                             const Tensor& row_offsets, const OptionalTensor& weight_scale,
                             const OptionalTensor& bias,
-                            std::optional<int64_t> activation_group_size);
+                            std::optional<int64_t> activation_group_size,
+                            const OptionalTensor& activation_scale);
 
 Tensor decoder_layer(const Tensor& x, const std::vector<Tensor>& norms, const Tensor& cos,
                      const Tensor& sin, const Tensor& keys, const Tensor& values,

@@ -4,11 +4,13 @@
 
 namespace llmq {
 
-std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x, int64_t group_size) {
+std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x, int64_t group_size,
+                                               const OptionalTensor& activation_scale) {
   constexpr const char* op = "quantize_activation";
   const TensorRows rows = rows_of(op, x);
   const int64_t K = rows.K;
   check_group(op, group_size, K);
+  const float* const given = given_scale(op, activation_scale, group_size, K);
   const int64_t group = group_size == 0 ? K : group_size;
   const int64_t groups = group == 0 || group_size == 0 ? 1 : K / group;
 
@@ -25,7 +27,7 @@ std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x, int64_t group_si
   QuantizeRowsFn* const kernel = quantize_rows();
   parallel_rows(rows.M, K, [&](int64_t begin, int64_t end) {
     kernel({rows.row(begin), K, rows.dtype, end - begin, K, group, code_data + begin * K, K, K,
-            scale_data + begin * groups, nullptr});
+            scale_data + begin * groups, nullptr, given});
   });
   return {codes, scale};
 }

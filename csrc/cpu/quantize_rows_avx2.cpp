@@ -1,4 +1,5 @@
-// quantize_rows with AVX2: two passes over a row or group, the second from the first-level cache.
+// quantize_rows with AVX2: two passes over a row or group, the second from the first-level cache; one
+// where the scale is given.
 #include <immintrin.h>
 
 #include "quantize_rows.h"
@@ -79,15 +80,22 @@ __m128i narrow(__m256i code) {
 }
 
 // Returns the sum of the codes.
-template <Dtype dtype>
-int32_t encode(const typename Input<dtype>::Element* x, int64_t count, float inverse,
-               int8_t* codes) {
-  const __m256 factor = _mm256_set1_ps(inverse);
+template <Dtype dtype, bool given>
+int32_t encode(const typename Input<dtype>::Element* x, int64_t count, float inverse, int8_t* codes,
+               [[maybe_unused]] uint32_t* largest) {
+  const __m256 factor = _mm256_set1_ps(inverse), limit = _mm256_set1_ps(127);
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  __m256i sum = _mm256_setzero_si256(), most = sum;
   const auto code = [&](const typename Input<dtype>::Element* at) {
-    return _mm256_cvtps_epi32(_mm256_round_ps(_mm256_mul_ps(Input<dtype>::load(at), factor),
-                                              _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    const __m256 input = Input<dtype>::load(at);
+    __m256 value = _mm256_mul_ps(input, factor);
+    if constexpr (given) {
+      most = _mm256_max_epi32(most, _mm256_castps_si256(_mm256_andnot_ps(sign, input)));
+      value = _mm256_max_ps(_mm256_min_ps(value, limit), _mm256_xor_ps(sign, limit));
+    }
+    return _mm256_cvtps_epi32(
+        _mm256_round_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   };
-  __m256i sum = _mm256_setzero_si256();
   int64_t k = 0;
   for (; k + 8 <= count; k += 8) {
     const __m256i value = code(x + k);
@@ -101,6 +109,7 @@ int32_t encode(const typename Input<dtype>::Element* x, int64_t count, float inv
     _mm_store_si128(reinterpret_cast<__m128i*>(last), narrow(value));
     for (int64_t i = k; i < count; ++i) codes[i] = last[i - k];
   }
+  if constexpr (given) *largest = static_cast<uint32_t>(reduce_max(most));
   return reduce_add(sum);
 }
 
@@ -110,8 +119,8 @@ void clear(int8_t* codes, int64_t count) {
 
 template <Dtype dtype>
 void quantize(const QuantizeRows& q) {
-  quantize_groups<typename Input<dtype>::Element, largest_magnitude<dtype>, encode<dtype>, clear>(
-      q);
+  quantize_groups<typename Input<dtype>::Element, largest_magnitude<dtype>, encode<dtype, false>,
+                  encode<dtype, true>, clear>(q);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // quantize_rows with AVX-512: two passes over a row or group, the second from the first-level
-// cache.
+// cache; one where the scale is given. On a Xeon core 256 rows of 4096 floats then took 181 us, not
+// 249, one row as long; of int8_linear both are 2 % at most.
 #include <immintrin.h>
 
 #include "quantize_rows.h"
@@ -48,20 +49,30 @@ int32_t largest_magnitude(const typename Input<dtype>::Element* x, int64_t count
   return _mm512_reduce_max_epi32(_mm512_max_epi32(a, b));
 }
 
+// Of _mm512_range_ps: what is smaller in magnitude, with the sign of the first operand.
+constexpr int kSmaller = 0b0010;
+
 // Returns the sum of the codes.
-template <Dtype dtype>
-int32_t encode(const typename Input<dtype>::Element* x, int64_t count, float inverse,
-               int8_t* codes) {
-  const __m512 factor = _mm512_set1_ps(inverse);
-  __m512i sum = _mm512_setzero_si512();
+template <Dtype dtype, bool given>
+int32_t encode(const typename Input<dtype>::Element* x, int64_t count, float inverse, int8_t* codes,
+               [[maybe_unused]] uint32_t* largest) {
+  const __m512 factor = _mm512_set1_ps(inverse), limit = _mm512_set1_ps(127);
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  __m512i sum = _mm512_setzero_si512(), most = sum;
   for (int64_t k = 0; k < count; k += 16) {
     const __mmask16 mask = tail(count - k);
+    const __m512 input = Input<dtype>::load(x + k, mask);
+    __m512 value = _mm512_mul_ps(input, factor);
+    if constexpr (given) {
+      most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(input), magnitude));
+      value = _mm512_range_ps(value, limit, kSmaller);
+    }
     const __m512i code =
-        _mm512_cvt_roundps_epi32(_mm512_mul_ps(Input<dtype>::load(x + k, mask), factor),
-                                 _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        _mm512_cvt_roundps_epi32(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     sum = _mm512_add_epi32(sum, code);
     _mm_mask_storeu_epi8(codes + k, mask, _mm512_cvtepi32_epi8(code));
   }
+  if constexpr (given) *largest = static_cast<uint32_t>(_mm512_reduce_max_epi32(most));
   return _mm512_reduce_add_epi32(sum);
 }
 
@@ -73,8 +84,8 @@ void clear(int8_t* codes, int64_t count) {
 
 template <Dtype dtype>
 void quantize(const QuantizeRows& q) {
-  quantize_groups<typename Input<dtype>::Element, largest_magnitude<dtype>, encode<dtype>, clear>(
-      q);
+  quantize_groups<typename Input<dtype>::Element, largest_magnitude<dtype>, encode<dtype, false>,
+                  encode<dtype, true>, clear>(q);
 }
 
 }  // namespace

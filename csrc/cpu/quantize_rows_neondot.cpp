@@ -1,4 +1,5 @@
-// quantize_rows with NEON: two passes over a row or group, the second from the first-level cache.
+// quantize_rows with NEON: two passes over a row or group, the second from the first-level cache; one
+// where the scale is given.
 //
 // 16 inputs a step: a load, an and and a maximum for each register of 4 in the first pass; a load,
 // a product and a conversion in the second, then three narrowings, and one sdot that sums the 16
@@ -59,14 +60,21 @@ uint32_t largest_magnitude(const typename Input<dtype>::Element* x, int64_t coun
 }
 
 // Returns the sum of the codes, which are within ±127.
-template <Dtype dtype>
-int32_t encode(const typename Input<dtype>::Element* x, int64_t count, float inverse,
-               int8_t* codes) {
+template <Dtype dtype, bool given>
+int32_t encode(const typename Input<dtype>::Element* x, int64_t count, float inverse, int8_t* codes,
+               [[maybe_unused]] uint32_t* largest) {
+  const float32x4_t limit = vdupq_n_f32(127);
   int32x4_t sum = vdupq_n_s32(0);
+  uint32x4_t most = vdupq_n_u32(0);
   for_steps(x, count, [&](const auto* step, int64_t k, int64_t present) {
     int16x4_t code[4];
     for (int i = 0; i < 4; ++i) {
-      const float32x4_t value = vmulq_n_f32(Input<dtype>::load(step + 4 * i), inverse);
+      const float32x4_t input = Input<dtype>::load(step + 4 * i);
+      float32x4_t value = vmulq_n_f32(input, inverse);
+      if constexpr (given) {
+        most = vmaxq_u32(most, vreinterpretq_u32_f32(vabsq_f32(input)));
+        value = vmaxq_f32(vminq_f32(value, limit), vnegq_f32(limit));
+      }
       code[i] = vmovn_s32(vcvtnq_s32_f32(value));
     }
     const int8x16_t bytes = vcombine_s8(vmovn_s16(vcombine_s16(code[0], code[1])),
@@ -80,6 +88,7 @@ int32_t encode(const typename Input<dtype>::Element* x, int64_t count, float inv
       for (int64_t i = 0; i < present; ++i) codes[k + i] = last[i];
     }
   });
+  if constexpr (given) *largest = vmaxvq_u32(most);
   return vaddvq_s32(sum);
 }
 
@@ -89,8 +98,8 @@ void clear(int8_t* codes, int64_t count) {
 
 template <Dtype dtype>
 void quantize(const QuantizeRows& q) {
-  quantize_groups<typename Input<dtype>::Element, largest_magnitude<dtype>, encode<dtype>, clear>(
-      q);
+  quantize_groups<typename Input<dtype>::Element, largest_magnitude<dtype>, encode<dtype, false>,
+                  encode<dtype, true>, clear>(q);
 }
 
 }  // namespace

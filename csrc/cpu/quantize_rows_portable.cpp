@@ -1,4 +1,5 @@
 // quantize_rows in plain C++: the same codes, scales and sums as every other instruction set.
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -12,6 +13,8 @@
 namespace llmq {
 namespace {
 
+constexpr uint32_t kInfinity =
+    0x7f800000;                  // the bits of |x|, above all finite ones and below NaN's
 constexpr int64_t kChunk = 256;  // inputs converted to float32 at a time
 
 // As integers, magnitudes order like floats, with infinity and NaN on top.
@@ -33,6 +36,15 @@ int32_t encode(const float* x, int64_t count, float inverse, int8_t* codes) {
     sum += code;
   }
   return sum;
+}
+
+// The same of inputs that may be beyond what codes hold; std::min and std::max keep no NaN either.
+int32_t encode_given(const float* x, int64_t count, float inverse, int8_t* codes) {
+  float value[kChunk];
+  for (int64_t k = 0; k < count; ++k) {
+    value[k] = std::max(-127.0f, std::min(127.0f, x[k] * inverse));
+  }
+  return encode(value, count, 1, codes);
 }
 
 const float* floats(const QuantizeRows& q, int64_t at, int64_t count, float* buffer) {
@@ -57,12 +69,29 @@ void quantize_rows_portable(const QuantizeRows& q) {
           body(floats(q, m * q.x_stride + k, count, buffer), k, count);
         }
       };
+      if (q.given != nullptr) {
+        const float given = *q.given;
+        uint32_t largest = kInfinity;
+        int32_t sum = 0;
+        if (given > 1e-30f && std::bit_cast<uint32_t>(given) < kInfinity) {
+          largest = 0;
+          each_chunk([&](const float* x, int64_t k, int64_t count) {
+            largest = largest_magnitude(x, count, largest);
+            sum += encode_given(x, count, 1.0f / given, codes + k);
+          });
+        }
+        const bool valid = largest < kInfinity;
+        for (int64_t k = begin; k < end && !valid; ++k) codes[k] = 0;
+        q.scale[m * groups + g] = valid ? given : std::numeric_limits<float>::quiet_NaN();
+        if (q.offset != nullptr) q.offset[m * groups + g] = valid ? -128 * sum : 0;
+        continue;
+      }
       uint32_t largest = 0;
       each_chunk([&](const float* x, int64_t, int64_t count) {
         largest = largest_magnitude(x, count, largest);
       });
       const float amax = std::bit_cast<float>(largest);
-      const bool finite = largest < 0x7f800000;
+      const bool finite = largest < kInfinity;
       const float inverse = finite && amax > 1e-30f ? 127.0f / amax : 0.0f;
       int32_t sum = 0;
       if (inverse == 0.0f) {

@@ -28,7 +28,8 @@ void set_tiles(SmallGemm& g, const Tensor& weight, const Tensor& weight_bitmask,
 Tensor bitmap_sparse_linear(const Tensor& given, const Tensor& given_weight,
                             const Tensor& given_bitmask, const Tensor& row_offsets,
                             const OptionalTensor& weight_scale, const OptionalTensor& bias,
-                            std::optional<int64_t> activation_group_size) {
+                            std::optional<int64_t> activation_group_size,
+                            const OptionalTensor& activation_scale) {
   const Device device(given);
   const Tensor x = aligned(given), weight = aligned(given_weight);
   const Tensor weight_bitmask = aligned(given_bitmask);
@@ -45,7 +46,7 @@ Tensor bitmap_sparse_linear(const Tensor& given, const Tensor& given_weight,
   check(g.K * (codes ? 1 : 2) % 16 == 0, kOp, "rows of x must be a multiple of 16 bytes");
   if (codes) {
     check(size == 1, kOp, "int8 inputs need int8 values");
-    q = quantize(kOp, x, *activation_group_size, device);
+    q = quantize(kOp, x, *activation_group_size, activation_scale, device);
     set_codes(kOp, g, *q);
   } else {
     g.x = x.const_data_ptr();

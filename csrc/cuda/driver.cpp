@@ -60,18 +60,24 @@ int choose_splits(int64_t blocks, int64_t K, int chunk, int multiprocessors) {
   return static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(chunks / 2, 1)));
 }
 
-Quantized quantize(const char* op, const Tensor& x, int64_t group_size, const Device& device) {
+Quantized quantize(const char* op, const Tensor& x, int64_t group_size, const OptionalTensor& given,
+                   const Device& device) {
   const int64_t K = x.size(x.dim() - 1), group = group_size == 0 ? K : group_size;
   check(group > 0 && K % group == 0, op, "the group size must divide K");
+  check(!given.has_value() ||
+            (group == K && given->numel() == 1 && given->scalar_type() == ScalarType::Float),
+        op, "activation_scale must be float32 [1], without groups");
   const int64_t M = tokens_of(x);
   Quantized q{empty_on(x, {M, K}, ScalarType::Char),
               empty_on(x, {M, K / group}, ScalarType::Float)};
-  const QuantizeRows rows{.x = x.const_data_ptr(),
-                          .x_dtype = dtype_of(op, x),
-                          .groups = M * (K / group),
-                          .group_size = static_cast<int>(group),
-                          .codes = static_cast<int8_t*>(q.first.mutable_data_ptr()),
-                          .scale = static_cast<float*>(q.second.mutable_data_ptr())};
+  const QuantizeRows rows{
+      .x = x.const_data_ptr(),
+      .x_dtype = dtype_of(op, x),
+      .groups = M * (K / group),
+      .group_size = static_cast<int>(group),
+      .codes = static_cast<int8_t*>(q.first.mutable_data_ptr()),
+      .scale = static_cast<float*>(q.second.mutable_data_ptr()),
+      .given = given.has_value() ? static_cast<const float*>(given->const_data_ptr()) : nullptr};
   quantize_rows(rows, device.stream);
   return q;
 }

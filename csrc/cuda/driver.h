@@ -78,7 +78,9 @@ int64_t tokens_of(const Tensor& x);  // M of x [..., K]
 int choose_splits(int64_t blocks, int64_t K, int chunk, int multiprocessors);
 
 using Quantized = std::pair<Tensor, Tensor>;  // codes and scale
-Quantized quantize(const char* op, const Tensor& x, int64_t group_size, const Device& device);
+// With the scale [1] that is given, or, without one, those of the inputs.
+Quantized quantize(const char* op, const Tensor& x, int64_t group_size, const OptionalTensor& given,
+                   const Device& device);
 void set_codes(const char* op, SmallGemm& g, const Quantized& q);
 
 const float* scales(const char* op, const Tensor& scale, int64_t N);

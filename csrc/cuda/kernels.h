@@ -130,15 +130,16 @@ struct SparseGemm {
 void semi_structured_gemm(const SparseGemm& g, void* stream);
 bool semi_structured_has_wgmma();  // of the current device, and compiled for it
 
-// quantize_activation: symmetric int8 codes, one scale a token or group of inputs, as
-// llmq/formats/activation.py to the bit.
+// quantize_activation: symmetric int8 codes, one scale a token or group of inputs, or a given one for
+// all, as llmq/formats/activation.py to the bit.
 struct QuantizeRows {
   const void* x;  // [groups, group_size]
   Dtype x_dtype;
   int64_t groups;  // of all tokens
   int group_size;
-  int8_t* codes;  // as x
-  float* scale;   // [groups]
+  int8_t* codes;       // as x
+  float* scale;        // [groups]
+  const float* given;  // [1] the scale of all; null: from the inputs
 };
 void quantize_rows(const QuantizeRows& q, void* stream);
 

@@ -15,10 +15,11 @@ const void* rows_of(const char* op, const Tensor& weight, int64_t K, int64_t bit
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> quantize_activation(const Tensor& given, int64_t group_size) {
+std::tuple<Tensor, Tensor> quantize_activation(const Tensor& given, int64_t group_size,
+                                               const OptionalTensor& activation_scale) {
   const Device device(given);
   const Tensor x = aligned(given);
-  const Quantized q = quantize("quantize_activation", x, group_size, device);
+  const Quantized q = quantize("quantize_activation", x, group_size, activation_scale, device);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   const Tensor codes = torch::stable::view(q.first, sizes);
   sizes.back() = q.second.size(1);
@@ -26,14 +27,15 @@ std::tuple<Tensor, Tensor> quantize_activation(const Tensor& given, int64_t grou
 }
 
 Tensor int8_linear(const Tensor& given, const Tensor& given_weight, const Tensor& weight_scale,
-                   const OptionalTensor& bias, int64_t activation_group_size) {
+                   const OptionalTensor& bias, int64_t activation_group_size,
+                   const OptionalTensor& activation_scale) {
   constexpr const char* kOp = "int8_linear";
   const Device device(given);
   const Tensor x = aligned(given), weight = aligned(given_weight);
   const Tensor y = empty_output(x, weight.size(0));
   SmallGemm g = gemm_of(kOp, x, bias, y);
   g.weight = rows_of(kOp, weight, g.K, 8);
-  const Quantized q = quantize(kOp, x, activation_group_size, device);
+  const Quantized q = quantize(kOp, x, activation_group_size, activation_scale, device);
   set_codes(kOp, g, q);
   g.scale = scales(kOp, weight_scale, g.N);
   run_small_gemm(x, g, chunk_inputs(8), device,

@@ -12,10 +12,12 @@ namespace llmq::cuda {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x, int64_t group_size);
+std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x, int64_t group_size,
+                                               const OptionalTensor& activation_scale);
 
 Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                   const OptionalTensor& bias, int64_t activation_group_size);
+                   const OptionalTensor& bias, int64_t activation_group_size,
+                   const OptionalTensor& activation_scale);
 
 Tensor weight_only_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                           const OptionalTensor& weight_zero_point, const OptionalTensor& bias,
@@ -23,12 +25,14 @@ Tensor weight_only_linear(const Tensor& x, const Tensor& weight, const Tensor& w
 
 Tensor semi_structured_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_meta,
                               const OptionalTensor& weight_scale, const OptionalTensor& bias,
-                              std::optional<int64_t> activation_group_size);
+                              std::optional<int64_t> activation_group_size,
+                              const OptionalTensor& activation_scale);
 
 Tensor bitmap_sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_bitmask,
                             const Tensor& row_offsets, const OptionalTensor& weight_scale,
                             const OptionalTensor& bias,
-                            std::optional<int64_t> activation_group_size);
+                            std::optional<int64_t> activation_group_size,
+                            const OptionalTensor& activation_scale);
 Tensor expand_bitmap(const Tensor& weight, const Tensor& weight_bitmask, const Tensor& row_offsets,
                      int64_t N, int64_t K);
 

@@ -6,7 +6,8 @@ namespace llmq::cuda {
 Tensor semi_structured_linear(const Tensor& given, const Tensor& given_weight,
                               const Tensor& given_meta, const OptionalTensor& weight_scale,
                               const OptionalTensor& bias,
-                              std::optional<int64_t> activation_group_size) {
+                              std::optional<int64_t> activation_group_size,
+                              const OptionalTensor& activation_scale) {
   constexpr const char* kOp = "semi_structured_linear";
   const Device device(given);
   const Tensor x = aligned(given), weight = aligned(given_weight), meta = aligned(given_meta);
@@ -24,7 +25,7 @@ Tensor semi_structured_linear(const Tensor& given, const Tensor& given_weight,
 
   const Tensor y = empty_output(x, N);
   const SmallGemm same = gemm_of(kOp, x, bias, y);
-  const Quantized q = quantize(kOp, x, 0, device);
+  const Quantized q = quantize(kOp, x, 0, activation_scale, device);
   const SparseGemm g{.x = static_cast<const int8_t*>(q.first.const_data_ptr()),
                      .x_scale = static_cast<const float*>(q.second.const_data_ptr()),
                      .weight = static_cast<const int8_t*>(weight.const_data_ptr()),

@@ -54,7 +54,7 @@ class QuantizeRows(ctypes.Structure):
 
     _fields_ = (
         *(("x", P), ("x_dtype", INT), ("groups", I64), ("group_size", INT)),
-        *(("codes", P), ("scale", P)),
+        *(("codes", P), ("scale", P), ("given", P)),
     )
 
 
@@ -231,13 +231,15 @@ def semi_structured(
     return y, counters
 
 
-def quantize(x: Tensor, group_size: int = 0) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, group_size: int = 0, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return codes [M, K] and scales [M, groups] of the emulated kernel."""
     M, K = x.shape
     group = group_size or K
     codes = torch.full((M, K), 77, dtype=torch.int8)
     scale = torch.full((M, K // group), 77.0)
     memory = {"x": x, "codes": codes, "scale": scale}
+    if given is not None:
+        memory["given"] = given
     q = QuantizeRows(
         **{key: tensor.data_ptr() for key, tensor in memory.items()},
         x_dtype=DTYPES[x.dtype],

@@ -43,6 +43,53 @@ def test_equals_scalar_arithmetic(
     assert_equal(scale, expected_scale, "scale")
 
 
+def _scalar_static(x: Tensor, scale: float) -> Tensor:
+    """The definition for a scale that is given, one float32 operation at a time."""
+    codes, inverse = torch.zeros(x.shape, dtype=torch.int8), np.float32(1) / np.float32(scale)
+    for row, values in enumerate(x.float().numpy()):
+        for k, value in enumerate(values):
+            with np.errstate(over="ignore"):
+                codes[row, k] = int(np.clip(np.rint(value * inverse), -127, 127))
+    return codes
+
+
+@given(
+    K=st.integers(1, 9),
+    scale=st.floats(2.0**-99, 2.0**120, width=32),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=seeds,
+)
+def test_a_given_scale_equals_scalar_arithmetic(
+    K: int, scale: float, dtype: torch.dtype, seed: int
+) -> None:
+    x = wide_weight(4, K, seed, dtype)
+    codes, x_scale = quantize_activation(x, 0, torch.tensor([scale]))
+    assert_equal(codes, _scalar_static(x, scale), "codes")
+    assert_equal(x_scale, torch.full((4, 1), scale), "scale")
+
+
+def test_inputs_beyond_a_given_scale_saturate() -> None:
+    x = torch.tensor([[126.5, 127.5, 128.5, -1e38], [-127.4, 2.5, -0.5, 3e-39]])
+    codes, scale = quantize_activation(x, 4, torch.ones(1))
+    assert codes.tolist() == [[126, 127, 127, -127], [-127, 2, 0, 0]]
+    assert_equal(scale, torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_gives_nan_in_its_token_alone_on_a_given_scale(bad: float) -> None:
+    x = torch.ones(2, 3, 4)
+    x[1, 1, 2] = bad
+    codes, scale = quantize_activation(x, 0, torch.tensor([0.5]))
+    assert codes[1, 1].tolist() == [0] * 4 and int(codes.sum()) == 5 * 4 * 2
+    assert int(scale.isnan().sum()) == 1 and scale[1, 1].isnan()
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, 1e-31, float("inf"), float("nan")])
+def test_a_given_scale_that_is_none_gives_nan(bad: float) -> None:
+    codes, scale = quantize_activation(torch.ones(2, 3), 0, torch.tensor([bad]))
+    assert not codes.any() and scale.isnan().all()
+
+
 @pytest.mark.parametrize("shape", [(0,), (5,), (0, 4), (3, 0), (2, 0, 6), (2, 3, 6)], ids=str)
 def test_shapes(shape: tuple[int, ...]) -> None:
     codes, scale = quantize_activation(torch.randn(shape))
@@ -87,6 +134,20 @@ def test_non_contiguous(stride: int) -> None:
         quantize_activation(x, 3), quantize_activation(x.contiguous(), 3), strict=True
     ):
         assert_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("group", "scale", "message"),
+    [
+        (0, torch.ones(2), r"activation_scale must be float32 \[1\], got torch.float32 \[2\]"),
+        (0, torch.ones(1).half(), r"must be float32 \[1\], got torch.float16"),
+        (3, torch.ones(1), "one scale for all inputs has no groups, got group size 3"),
+    ],
+    ids=["shape", "dtype", "groups"],
+)
+def test_errors_of_given_scales(group: int, scale: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quantize_activation(torch.ones(2, 6), group, scale)
 
 
 @pytest.mark.parametrize(

@@ -143,8 +143,10 @@ void quantize(Dtype dtype) {
   Buffer<int8_t> codes(rows * codes_columns), codes_expected(rows * codes_columns);
   Buffer<float> scale(rows * groups), scale_expected(rows * groups);
   Buffer<int32_t> offset(rows * groups), offset_expected(rows * groups);
-  QuantizeRows q{x,     stride,        dtype,         rows,  K,     group,
-                 codes, codes_columns, codes_columns, scale, offset};
+  const float given = any(0, 9) == 0 ? any_float() : std::ldexp(0.7f, static_cast<int>(any(-9, 9)));
+  QuantizeRows q{
+      x,     stride,        dtype,         rows,  K,      group,
+      codes, codes_columns, codes_columns, scale, offset, any(0, 2) == 0 ? &given : nullptr};
   quantize_rows()(q);
   q.codes = codes_expected;
   q.scale = scale_expected;
