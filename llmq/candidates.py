@@ -61,10 +61,10 @@ def parse(name: str) -> Format:
     """
     words = name.split()
     if len(words) < 2:
-        return Format(resolve_scheme(name))
+        return Format(_dynamic(name))
     if len(words) == 2:
         scaling, how = _algorithm(words[1])
-        return Format(resolve_scheme(words[0]), scaling=scaling, rounding=how)
+        return Format(_dynamic(words[0]), scaling=scaling, rounding=how)
     kind, number, *rest = words
     if (
         kind not in ("sparse", "low-rank")
@@ -77,7 +77,7 @@ def parse(name: str) -> Format:
             f"unknown format {name!r}; use 'sparse N % SCHEME' or 'low-rank N % SCHEME' with N of "
             f"1 … 99 (and 'float' for no scheme), or one of {', '.join(PRESETS)}"
         )
-    scheme = None if rest[1] == "float" else resolve_scheme(rest[1])
+    scheme = None if rest[1] == "float" else _dynamic(rest[1])
     share = int(number) / 100
     return Format(scheme, low_rank=share) if kind == "low-rank" else Format(scheme, sparse=share)
 
@@ -92,6 +92,13 @@ def _algorithm(name: str) -> tuple[str | None, str]:
             f"{' or '.join(SCALINGS)}, alone or before one of those"
         )
     return scaling, how
+
+
+def _dynamic(name: str) -> Scheme:
+    scheme = resolve_scheme(name)
+    if scheme.activations == "static":
+        raise ValueError(f"{name} needs calibrated input scales, which llmq.quantize measures")
+    return scheme
 
 
 def fits(name: str, N: int, K: int) -> bool:

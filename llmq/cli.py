@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     compress = commands.add_parser("compress", help="quantize, prune and fine-tune a model")
     compress.add_argument("model", help=model)
     compress.add_argument("-o", "--output", required=True, type=Path, metavar="DIR")
-    compress.add_argument("--scheme", help="w8a8, w8a8-g64, w8a16, w4a16-g32 … or none")
+    compress.add_argument("--scheme", help="w8a8, w8a8-g64, w8a8-static, w4a16-g32 … or none")
     compress.add_argument("--bits", type=int, default=8, help="8 or 4, where no scheme is named")
     compress.add_argument("--prune", type=float, metavar="RATE", help="share of weights to drop")
     compress.add_argument("--pattern", default="unstructured", help="what --prune keeps to")
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "--calibrate",
         type=Path,
         metavar="FILE",
-        help="text that algorithm and method see, or those that a bound chooses among",
+        help="text that algorithm, method and static see, or those that a bound chooses among",
     )
     compress.add_argument(
         "--windows", type=int, default=32, help="of 512 tokens of that text, evenly from all of it"
@@ -168,14 +168,15 @@ def _compress(args: argparse.Namespace) -> None:
             prunes["data"] = windows
             if args.pattern not in ("structured", "layers"):
                 prunes["resume"] = keep("prune")
-        if args.algorithm != "rtn":
+        static = args.scheme is not None and args.scheme.endswith("-static")
+        if args.algorithm != "rtn" or static:
             quantizes |= {"data": windows, "resume": keep("quantize")}
         if planned:
             plans["calibration"] = windows
         elif not ("data" in prunes and args.prune is not None) and "data" not in quantizes:
             raise ValueError(
-                "--calibrate goes with --algorithm, with --prune and --method, --allocation or "
-                "--pattern layers, or with a bound to choose by"
+                "--calibrate goes with --algorithm, a static --scheme, --prune and --method, "
+                "--allocation or --pattern layers, or a bound to choose by"
             )
     if args.prune is not None:
         llmq.prune(model, args.prune, pattern=args.pattern, skip=skip, **prunes)

@@ -259,6 +259,8 @@ def _sparsegpt(
     round_to = _on_scale(scale[:, 0])
     changed, mask = sparsegpt.prune(weight, moments, pattern, rate, kept=kept, round_to=round_to)
     tensors = {"weight": torch.round(changed / scale).to(torch.int8), "weight_scale": scale}
+    if module.input_scale is not None:
+        tensors["input_scale"] = module.input_scale.data
     if bias is not None:
         tensors["bias"] = bias
     dense = QuantLinear(K, N, module.scheme, tensors).train(module.training)

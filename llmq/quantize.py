@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from llmq import dispatch
-from llmq.algorithms import blockwise, rounding
+from llmq.algorithms import blockwise, rounding, static_scale
 from llmq.algorithms.calibration import Statistics
 from llmq.algorithms.resume import Kept, fingerprint
 from llmq.algorithms.scaling import SCALINGS, Scaling
+from llmq.algorithms.slicing import dense_weight
 from llmq.calibrate import calls_of
 from llmq.nn import (
     CompressedLayer,
@@ -30,6 +31,7 @@ from llmq.scheme import Scheme, resolve_scheme
 from llmq.walk import Target, check_weight, find, swap
 
 _log = logging.getLogger("llmq")
+_DATA = "token ids, a pair (text, tokenizer), or batches of what the model takes"
 
 
 def quantize(
@@ -52,13 +54,16 @@ def quantize(
         bits: 8 picks int8 weights with int8 activations where the device is fast at that, else
             with floating-point activations; 4 picks groups of 32 inputs, or fewer where 32 does
             not divide.
-        scheme: a `Scheme` or a preset's name, instead of what `bits` would pick.
+        scheme: a `Scheme` or a preset's name, instead of what `bits` would pick. One with static
+            activations needs data; layers that no data reaches get dynamic ones.
         data: to calibrate with: token ids, a pair (text or texts, tokenizer), or any iterable of
             what the model takes (`llmq.calibrate.calls_of`). A block at a time is in memory beside
-            the model. `"rtn"` takes none, `"clip"` either way, the others need it.
+            the model. `"rtn"` takes none but for static activations, `"clip"` either way, the
+            others need it.
         algorithm: how codes are chosen: `"rtn"`, to the nearest; `"clip"`, to the nearest in the
             range that loses least; `"gptq"`, one input after the other, the rest making up for
-            it; or `"smoothquant"` or `"awq"`, which first scale inputs where the model takes it
+            it. A static scale spans all inputs with `"rtn"`, the range that loses least with the
+            others. Or `"smoothquant"` or `"awq"`, which first scale inputs where the model takes it
             exactly, alone or before one of those, as in `"smoothquant+gptq"`.
         skip: patterns of layers to leave alone: dotted parts of a name (`"lm_head"`,
             `"layers.0"`) or a shell pattern for the whole of it. None skips the output embedding,
@@ -77,10 +82,11 @@ def quantize(
         >>> model = llmq.quantize(model, scheme="w8a8-g64")
         >>> print(model.llmq_report)
     """
-    scaling, how = _parse_algorithm(algorithm, data)
+    picked, choice = _pick(model, bits, scheme)
+    static = picked.activations == "static"
+    scaling, how = _parse_algorithm(algorithm, data, static)
     if resume is not None and data is None:
         raise ValueError("resume goes with data: without it there is next to nothing to resume")
-    picked, choice = _pick(model, bits, scheme)
     found = find(model, skip, embeddings=True)
     for group in found.groups:
         for target in group:
@@ -112,12 +118,19 @@ def quantize(
         kept = None
         if resume is not None:
             kept = Kept(resume, fingerprint(f"quantize {schemes} {algorithm}", found.groups, calls))
-        full = how == "gptq"
         done = blockwise.compress(
-            model, found, calls, convert, what="quantize", full=full, scaling=scaled, kept=kept
+            model,
+            found,
+            calls,
+            convert,
+            what="quantize",
+            full=how == "gptq",
+            sample=static and how != "rtn",
+            scaling=scaled,
+            kept=kept,
         )
         replacements, errors = done.layers, done.errors
-        choice = _said(choice, algorithm, len(calls), scaled, done.unreached)
+        choice = _said(choice, algorithm, len(calls), scaled, done.unreached, static)
     changes = {target.name: _change(target, layer) for target, layer in replacements}
     changes.update({n: changes[n]._replace(weight_error=e) for n, e in errors.items()})
     swap(model, found, replacements)
@@ -128,7 +141,12 @@ def quantize(
 
 
 def _said(
-    choice: str, algorithm: str, batches: int, scaled: Scaling | None, unreached: list[str]
+    choice: str,
+    algorithm: str,
+    batches: int,
+    scaled: Scaling | None,
+    unreached: list[str],
+    static: bool,
 ) -> str:
     """Return the report's lines on what calibration did."""
     lines = [choice] if choice else []
@@ -140,11 +158,12 @@ def _said(
         if left:
             lines.append(f"  not, as nothing before them takes the scales: {few(left)}")
     if unreached:
-        lines.append(f"rounded to nearest, as no data reached them: {few(unreached)}")
+        became = "dynamic, and " if static else ""
+        lines.append(f"{became}rounded to nearest, as no data reached them: {few(unreached)}")
     return "\n".join(lines)
 
 
-def _parse_algorithm(algorithm: str, data: Any) -> tuple[str | None, str]:
+def _parse_algorithm(algorithm: str, data: Any, static: bool) -> tuple[str | None, str]:
     """Return the scaling, if any, and the rounding that `algorithm` names."""
     parts = algorithm.split("+") if isinstance(algorithm, str) else []
     scaling = parts.pop(0) if parts and parts[0] in SCALINGS else None
@@ -154,13 +173,15 @@ def _parse_algorithm(algorithm: str, data: Any) -> tuple[str | None, str]:
             f"unknown algorithm {algorithm!r}; there is {', '.join(rounding.ROUNDINGS)}, and "
             f"before any of them {' or '.join(SCALINGS)}, as in 'smoothquant+gptq'"
         )
-    if algorithm == "rtn" and data is not None:
+    if static and data is None:
+        raise ValueError(
+            f"static activations need data to measure their scales on: {_DATA}; or use a dynamic "
+            f"scheme, as w8a8"
+        )
+    if algorithm == "rtn" and data is not None and not static:
         raise ValueError(f"algorithm {algorithm!r} uses no data; leave data=None")
     if (how == "gptq" or scaling is not None) and data is None:
-        raise ValueError(
-            f"algorithm {algorithm!r} needs data to calibrate with: token ids, a pair (text, "
-            f"tokenizer), or batches of what the model takes"
-        )
+        raise ValueError(f"algorithm {algorithm!r} needs data to calibrate with: {_DATA}")
     return scaling, how
 
 
@@ -189,6 +210,8 @@ def _pick(model: nn.Module, bits: int, scheme: str | Scheme | None) -> tuple[Sch
 def _fitted(scheme: Scheme, target: Target, asked: bool) -> Scheme:
     """Return the scheme that `target` gets: by row for embeddings, other groups if free to pick."""
     if target.is_embedding:
+        if scheme.activations == "static":
+            scheme = replace(scheme, activations="dynamic")
         return replace(
             scheme, bits=8, method="uniform", granularity="channel", group_size=None, symmetric=True
         )
@@ -248,9 +271,14 @@ def _convert(
 ) -> list[nn.Module]:
     """Return the new layers of targets that share one weight; they share the new tensors too."""
     moments = None if statistics is None or not statistics.rows else statistics.moments
+    input_scale = None
+    if scheme.activations == "static":
+        input_scale = _input_scale(group[0].module, how, statistics)
+        if input_scale is None:
+            scheme = replace(scheme, activations="dynamic")
     if all(isinstance(target.module, CompressedLayer) for target in group):
         return [
-            _convert_sparse(t.module, scheme, how, moments)
+            _convert_sparse(t.module, scheme, how, moments, input_scale)
             if isinstance(t.module, SparseLinear) and t.module.scheme is None
             else t.module
             for t in group
@@ -260,26 +288,56 @@ def _convert(
         first = QuantEmbedding.from_embedding(group[0].module, scheme)
         first.train(group[0].module.training)
     else:
-        first = _coded(group[0].module, scheme, how, moments)
+        first = _coded(group[0].module, scheme, how, moments, input_scale)
     return [first] + [_twin(first, target.module) for target in group[1:]]
 
 
-def _coded(linear: nn.Module, scheme: Scheme, how: str, moments: Tensor | None) -> QuantLinear:
+def _input_scale(module: nn.Module, how: str, statistics: Statistics | None) -> Tensor | None:
+    """Return the static scale of a layer's inputs; None where none came but zeros.
+
+    The inputs are those that the blocks before give, compressed as they are by then, with scales
+    folded in; layers of the same block that run before are not rounded yet, which moves a largest
+    input by little more than they round.
+    """
+    if statistics is None or not statistics.rows:
+        return None
+    if how == "rtn":
+        return static_scale.whole_range(statistics.largest)
+    return static_scale.least_loss(statistics, dense_weight(module))
+
+
+def _coded(
+    linear: nn.Module,
+    scheme: Scheme,
+    how: str,
+    moments: Tensor | None,
+    input_scale: Tensor | None,
+) -> QuantLinear:
     weight, bias = linear_weight(linear)
     encoded = rounding.encode(weight, scheme, how, moments)
-    layer = QuantLinear.from_encoded(encoded, bias, scheme, in_features=weight.shape[1])
+    layer = QuantLinear.from_encoded(
+        encoded, bias, scheme, in_features=weight.shape[1], input_scale=input_scale
+    )
     return layer.train(linear.training)
 
 
 def _convert_sparse(
-    layer: SparseLinear, scheme: Scheme, how: str, moments: Tensor | None
+    layer: SparseLinear,
+    scheme: Scheme,
+    how: str,
+    moments: Tensor | None,
+    input_scale: Tensor | None,
 ) -> SparseLinear:
     if how == "rtn" or moments is None:
-        return SparseLinear.from_linear(layer, layer.pattern, scheme=scheme)
+        return SparseLinear.from_linear(
+            layer, layer.pattern, scheme=scheme, input_scale=input_scale
+        )
     values, mask = layer.values_and_mask()
     encoded = rounding.encode(values, scheme, how, moments, kept=mask)
     bias = None if layer.bias is None else layer.bias.data
-    dense = QuantLinear.from_encoded(encoded, bias, scheme, in_features=layer.in_features)
+    dense = QuantLinear.from_encoded(
+        encoded, bias, scheme, in_features=layer.in_features, input_scale=input_scale
+    )
     return SparseLinear.from_linear(dense, layer.pattern, mask=mask).train(layer.training)
 
 

@@ -24,7 +24,8 @@ class Scheme:
         symmetric: whether code 0 stands for weight 0 at the middle of the range; False adds a zero
             point to each scale (uniform only).
         activations: None leaves inputs in floating point; `"dynamic"` codes each token to int8 at
-            run time.
+            run time; `"static"` likewise, but on one scale for all tokens that calibration has
+            measured: for symmetric 8-bit weights by channel or tensor.
         activation_group_size: inputs that share one activation scale; None is the whole token.
 
     Raises:
@@ -36,7 +37,7 @@ class Scheme:
     granularity: Granularity = "channel"
     group_size: int | None = None
     symmetric: bool = True
-    activations: Literal["dynamic"] | None = None
+    activations: Literal["dynamic", "static"] | None = None
     activation_group_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -58,16 +59,20 @@ class Scheme:
             size = getattr(self, name)
             if size is not None and (not isinstance(size, int) or size < 1):
                 raise ValueError(f"Scheme.{name} must be a positive integer or None, got {size!r}")
-        if self.activations not in (None, "dynamic"):
+        if self.activations not in (None, "dynamic", "static"):
             raise ValueError(
-                f'Scheme.activations must be None or "dynamic", got {self.activations!r}'
+                f'Scheme.activations must be None, "dynamic" or "static", got {self.activations!r}'
             )
-        if self.activation_group_size is not None and self.activations is None:
+        if self.activation_group_size is not None and self.activations != "dynamic":
             raise ValueError('Scheme.activation_group_size needs activations="dynamic"')
         if self.method == "quantile" and not self.symmetric:
             raise ValueError("Scheme: a quantile codebook has no zero point; use symmetric=True")
         if self.method == "quantile" and self.activations is not None:
             raise ValueError("Scheme: a quantile codebook takes floating-point activations only")
+        if self.activations == "static" and self.op != "int8_linear":
+            raise ValueError(
+                "Scheme: static activations go with symmetric 8-bit weights by channel or tensor"
+            )
         sizes = (self.group_size, self.activation_group_size)
         if None not in sizes and sizes[0] != sizes[1] and self.activations is not None:
             group, activation_group = (int(s) for s in sizes if s is not None)
@@ -86,7 +91,7 @@ class Scheme:
             self.bits == 8
             and self.symmetric
             and self.granularity != "group"
-            and self.activations == "dynamic"
+            and self.activations is not None
         ):
             return "int8_linear"
         return "weight_only_linear"
@@ -108,6 +113,8 @@ class Scheme:
             parts.append("sym" if self.symmetric else "asym")
         if self.activation_group_size is not None:
             parts.append(f"ag{self.activation_group_size}")
+        if self.activations == "static":
+            parts.append("static")
         return "-".join(parts)
 
     def check_fits(self, out_features: int, in_features: int, name: str = "weight") -> None:
@@ -127,6 +134,7 @@ def _presets() -> dict[str, Scheme]:
     presets = {
         "w8a8": Scheme(activations="dynamic"),
         "w8a8-g64": Scheme(activations="dynamic", activation_group_size=64),
+        "w8a8-static": Scheme(activations="static"),
         "w8a16": Scheme(),
         "w8a16-quantile": Scheme(method="quantile"),
     }

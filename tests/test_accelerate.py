@@ -240,6 +240,11 @@ def test_reasons_are_given() -> None:
     assert "q_proj is Linear" in reasons(families.make("llama"))
     quantile = llmq.quantize(families.make("llama"), scheme="w8a16-quantile")
     assert "codebook_linear" in reasons(quantile)
+    data: Any = [families.inputs("llama")]
+    static = llmq.quantize(families.make("llama"), scheme="w8a8-static", data=data)
+    expected = families.output(static, "llama")
+    assert "q_proj has a static input scale" in reasons(static)
+    assert torch.equal(families.output(static, "llama"), expected)
     odd = llmq.quantize(families.make("llama"), scheme="w8a16")
     odd.model.layers[0].self_attn.scaling = 0.3  # which the op is told
     odd.model.layers[1].mlp.forward = lambda x: x

@@ -54,6 +54,12 @@ MODELS = {
 STEPS = {
     "as-it-is": lambda m: m,
     "w8a8": lambda m: llmq.quantize(m, scheme="w8a8"),
+    "static": lambda m: llmq.quantize(
+        m, scheme="w8a8-static", algorithm="clip", data=[_inputs(m)], skip=()
+    ),
+    "static-sparse": lambda m: llmq.prune(
+        llmq.quantize(m, scheme="w8a8-static", data=[_inputs(m)]), 0.5
+    ),
     "everything": lambda m: llmq.quantize(m, scheme="w8a8", skip=()),
     "w4a16-g32": lambda m: llmq.quantize(m, scheme="w4a16-g32"),
     "quantile": lambda m: llmq.quantize(m, scheme="w8a16-quantile"),
@@ -72,11 +78,16 @@ def _model(name: str = "llama", step: str = "w8a8") -> nn.Module:
     return STEPS[step](MODELS[name]().eval())
 
 
-def _output(model: nn.Module) -> torch.Tensor:
+def _inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     ids = torch.arange(20).remainder(96).reshape(2, 10)
-    kwargs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    return {"input_ids": ids} | (
+        {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    )
+
+
+def _output(model: nn.Module) -> torch.Tensor:
     with torch.inference_mode():
-        return model(input_ids=ids, **kwargs).logits
+        return model(**_inputs(model)).logits
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -67,6 +67,8 @@ class Checkpoint:
 
 KINDS: dict[str, Callable[[Any], Any]] = {
     "w8a8": lambda m: llmq.quantize(m, scheme="w8a8"),
+    "static": lambda m: llmq.quantize(m, scheme="w8a8-static", data=[families.inputs("llama")]),
+    "static-sparse": lambda m: llmq.prune(KINDS["static"](m), 0.5),
     "w4a16-g32": lambda m: llmq.quantize(m, scheme="w4a16-g32"),
     "quantile": lambda m: llmq.quantize(m, scheme="w8a16-quantile"),
     "sparse": lambda m: llmq.prune(llmq.quantize(m, scheme="w8a8"), 0.5),
@@ -102,6 +104,10 @@ def scale(value: float) -> Callable[[Checkpoint], None]:
         c.tensors[f"{LAYER}.weight_scale"][3] = value
 
     return alter
+
+
+def input_scale(*values: float) -> Callable[[Checkpoint], None]:
+    return lambda c: c.set("input_scale", torch.tensor(values))
 
 
 def describe(**fields: Any) -> Callable[[Checkpoint], None]:
@@ -141,6 +147,30 @@ LIES: dict[str, tuple[str, Callable[[Checkpoint], None], str]] = {
     # what a layer holds
     "NaN scale": ("w8a8", scale(float("nan")), f"{LAYER}: weight_scale has NaN or infinite"),
     "infinite scale": ("sparse", scale(float("inf")), f"{LAYER}: weight_scale has NaN or infin"),
+    "NaN input scale": ("static", input_scale(float("nan")), "input_scale is .nan"),
+    "infinite input scale": ("static-sparse", input_scale(float("inf")), "input_scale is .inf"),
+    "input scale of zero": ("static", input_scale(0.0), r"input_scale is \[0.0\], expected a fin"),
+    "negative input scale": ("static-sparse", input_scale(-0.1), "input_scale is .-0.1"),
+    "input scale too small": ("static", input_scale(1e-38), "finite number above 1e-30"),
+    "two input scales": ("static", input_scale(0.1, 0.2), r"input_scale has shape \[2\]"),
+    "no input scale at all": ("static", input_scale(), r"input_scale has shape \[0\]"),
+    "half an input scale": (
+        "static",
+        tensor("input_scale", torch.ones(1).half()),
+        "input_scale is torch.float16",
+    ),
+    "an input scale for dynamic inputs": (
+        "w8a8",
+        input_scale(0.1),
+        "has without use for it: input_scale",
+    ),
+    "static inputs without a scale": ("w8a8", rescheme(activations="static"), "lacks.*input_scale"),
+    "static inputs turned dynamic": (
+        "static-sparse",
+        rescheme(activations="dynamic"),
+        "has without use for it: input_scale",
+    ),
+    "static inputs of nibbles": ("static", rescheme(bits=4), "static activations go with"),
     "more inputs than codes": ("w8a8", describe(in_features=129), "weight has shape"),
     "fewer outputs than rows": ("w8a8", describe(out_features=63), "has shape"),
     "float codes": ("w8a8", tensor("weight", INT8.float()), "weight is torch.float32"),

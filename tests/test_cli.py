@@ -241,6 +241,11 @@ def test_compress_calibrates(
     )
     assert status == 0, err
     assert "smoothquant+gptq, calibrated on 2 batches" in out
+    static = ("--scheme", "w8a8-static")
+    status, out, err = run(
+        capsys, "compress", original, "-o", tmp_path / "static", *static, *calibrated
+    )
+    assert status == 0 and "w8a8-static" in out, err
     for options, message in (
         (
             ("--prune", 0.5, "--allocation", "sensitivity"),
@@ -253,6 +258,7 @@ def test_compress_calibrates(
         assert status == 0, err
         assert message in out
     for options, message in (
+        (static, "static activations need data to measure their scales on"),
         (("--algorithm", "gptq"), "algorithm 'gptq' needs data"),
         (("--algorithm", "magic"), "unknown algorithm 'magic'; there is rtn"),
         (calibrated, "--calibrate goes with --algorithm"),

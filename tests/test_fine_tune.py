@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import llmq
-from llmq.algorithms.straight_through import fake_quantize
+from llmq.algorithms.straight_through import Master, fake_quantize
 from llmq.formats import codebook
 from llmq.nn import QuantLinear, SparseLinear
 from llmq.scheme import PRESETS, Scheme, resolve_scheme
@@ -139,7 +140,8 @@ def test_training_rounds_as_encoding_does(name: str) -> None:
     }
     scheme = own.get(name) or resolve_scheme(name)
     linear = nn.Linear(128, 24)
-    layer = QuantLinear.from_linear(linear, scheme)
+    static = 0.1 if scheme.activations == "static" else None
+    layer = QuantLinear.from_linear(linear, scheme, input_scale=static)
     table = None if layer.weight_codebook is None else layer.weight_codebook.data
     rounded = fake_quantize(linear.weight.detach(), scheme, table)
     if table is None:
@@ -151,6 +153,24 @@ def test_training_rounds_as_encoding_does(name: str) -> None:
         )
         expected = codebook.decode(*encoded, bits=scheme.bits, K=128)
     torch.testing.assert_close(rounded, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("learn_scales", [False, True])
+@pytest.mark.parametrize("pattern", [None, "unstructured"])
+def test_training_codes_inputs_on_the_static_scale(pattern: str | None, learn_scales: bool) -> None:
+    linear = nn.Linear(64, 24)
+    given: dict[str, Any] = {"scheme": "w8a8-static", "input_scale": 0.01}
+    layer: QuantLinear | SparseLinear = QuantLinear.from_linear(linear, **given)
+    if pattern is not None:
+        layer = SparseLinear.from_linear(linear, pattern, **given, mask=torch.rand(24, 64) < 0.5)
+    master = Master(layer, learn_scales=learn_scales)
+    x = torch.randn(50, 64)  # of which a fifth saturate
+    # Float32 sums of 64 products in another order.
+    torch.testing.assert_close(master(x), layer(x), rtol=1e-4, atol=1e-5)
+    again = master.encoded()
+    assert again.scheme == layer.scheme
+    assert torch.equal(again.input_scale, layer.input_scale)
+    torch.testing.assert_close(again(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
 def test_learns_from_a_teacher_alone() -> None:

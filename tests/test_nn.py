@@ -18,8 +18,9 @@ N, K = 40, 128
 SPARSE = [
     (pattern, scheme)
     for pattern in ("unstructured", "2:4", "block-8x8")
-    for scheme in (None, "w8a8", "w8a8-g64", "w8a16")
+    for scheme in (None, "w8a8", "w8a8-g64", "w8a8-static", "w8a16")
 ]
+INPUT_SCALE = 0.04  # of normal inputs: up to 5
 
 
 def _linear(seed: int = 0, bias: bool = True) -> nn.Linear:
@@ -36,9 +37,14 @@ def _mask(pattern: str) -> Tensor:
     return mask
 
 
+def _input_scale(scheme: str | None) -> float | None:
+    return INPUT_SCALE if scheme is not None and scheme.endswith("-static") else None
+
+
 def _layers() -> dict[str, CompressedLayer]:
     layers: dict[str, CompressedLayer] = {
-        name: QuantLinear.from_linear(_linear(), name) for name in PRESETS
+        name: QuantLinear.from_linear(_linear(), name, input_scale=_input_scale(name))
+        for name in PRESETS
     }
     layers["w8a8-tensor"] = QuantLinear.from_linear(
         _linear(bias=False), Scheme(granularity="tensor", activations="dynamic")
@@ -48,7 +54,11 @@ def _layers() -> dict[str, CompressedLayer]:
     )
     for pattern, scheme in SPARSE:
         layers[f"{pattern}-{scheme}"] = SparseLinear.from_linear(
-            _linear(), pattern, scheme=scheme, mask=_mask(pattern)
+            _linear(),
+            pattern,
+            scheme=scheme,
+            mask=_mask(pattern),
+            input_scale=_input_scale(scheme),
         )
     return layers
 
@@ -169,7 +179,9 @@ def test_explicit_zeros_stay_in_the_mask(pattern: str, scheme: str | None) -> No
     linear = _linear()
     linear.weight.data[:, 0] = 0.0
     mask = _mask(pattern)
-    layer = SparseLinear.from_linear(linear, pattern, scheme=scheme, mask=mask)
+    layer = SparseLinear.from_linear(
+        linear, pattern, scheme=scheme, mask=mask, input_scale=_input_scale(scheme)
+    )
     assert torch.equal(layer.mask(), mask)
     assert torch.equal(copy.deepcopy(layer).mask(), mask)
     assert (layer.dequantize()[~mask] == 0).all()
@@ -177,9 +189,11 @@ def test_explicit_zeros_stay_in_the_mask(pattern: str, scheme: str | None) -> No
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "block-8x8"])
 def test_pruning_a_quantized_layer_keeps_its_codes(pattern: str) -> None:
-    dense = QuantLinear.from_linear(_linear(), "w8a8")
+    dense = QuantLinear.from_linear(_linear(), "w8a8-static", input_scale=INPUT_SCALE)
     mask = _mask(pattern)
     sparse = SparseLinear.from_linear(dense, pattern, mask=mask)
+    assert sparse.input_scale is not None
+    assert torch.equal(sparse.input_scale, dense.input_scale)
     assert sparse.scheme == dense.scheme
     assert torch.equal(sparse.dequantize(), torch.where(mask, dense.dequantize(), 0.0))
     again = SparseLinear.from_linear(sparse, pattern)
@@ -218,6 +232,33 @@ def test_refuses_what_is_no_linear_layer() -> None:
         SparseLinear.from_linear(_linear(), "structured")
     with pytest.raises(ValueError, match="does not divide"):
         QuantLinear.from_linear(nn.Linear(33, 8), "w4a16-g32")
+
+
+@pytest.mark.parametrize("pattern", [None, "unstructured"])
+def test_a_static_layer_codes_its_inputs_on_its_scale(pattern: str | None) -> None:
+    linear = _linear()
+    if pattern is None:
+        layer = QuantLinear.from_linear(linear, "w8a8-static", input_scale=0.01)
+    else:
+        layer = SparseLinear.from_linear(linear, pattern, scheme="w8a8-static", input_scale=0.01)
+    x = torch.randn(5, K)
+    coded = (x / 0.01).round().clamp(-127, 127) * 0.01  # beyond 1.27 they saturate
+    y = nn.functional.linear(coded, layer.dequantize(), linear.bias)
+    # A step where x / 0.01 is all but a tie and rounds the other way; sums of K products.
+    assert (layer(x) - y).abs().max() < 2 * 0.01 * layer.dequantize().abs().max()
+    assert layer.to(torch.bfloat16).input_scale.dtype == torch.float32
+
+
+def test_input_scales_that_make_no_sense_are_refused() -> None:
+    for given in (0.0, -1.0, float("nan"), float("inf"), 1e-31, torch.ones(2)):
+        with pytest.raises(ValueError, match="one finite number above"):
+            QuantLinear.from_linear(_linear(), "w8a8-static", input_scale=given)
+    with pytest.raises(ValueError, match=r"w8a8-static needs input_scale.*data=\.\.\.\) measures"):
+        QuantLinear.from_linear(_linear(), "w8a8-static")
+    with pytest.raises(ValueError, match="not with w8a8"):
+        QuantLinear.from_linear(_linear(), "w8a8", input_scale=1.0)
+    with pytest.raises(ValueError, match="not with a layer without a scheme"):
+        SparseLinear.from_linear(_linear(), input_scale=1.0)
 
 
 class Pair(nn.Module):
@@ -276,8 +317,9 @@ class TestQuantEmbedding:
 
     def test_refuses_other_schemes_and_classes(self) -> None:
         embedding, _ = self.make()
-        with pytest.raises(ValueError, match="8-bit"):
-            QuantEmbedding.from_embedding(embedding, "w4a16-g32")
+        for scheme in ("w4a16-g32", "w8a8-static"):
+            with pytest.raises(ValueError, match="8-bit schemes by channel"):
+                QuantEmbedding.from_embedding(embedding, scheme)
         with pytest.raises(TypeError, match="EmbeddingBag"):
             QuantEmbedding.from_embedding(nn.EmbeddingBag(3, 4), "w8a8")  # type: ignore[arg-type]
 

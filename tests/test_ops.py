@@ -181,7 +181,12 @@ def test_preset_names_are_read_back(name: str) -> None:
         {"granularity": "group"},
         {"group_size": 32},
         {"granularity": "group", "group_size": 0},
-        {"activations": "static"},
+        {"activations": "fixed"},
+        {"activations": "static", "bits": 4},
+        {"activations": "static", "symmetric": False},
+        {"activations": "static", "granularity": "group", "group_size": 32},
+        {"activations": "static", "activation_group_size": 64},
+        {"activations": "static", "method": "quantile"},
         {"activation_group_size": 64},
         {"method": "quantile", "symmetric": False},
         {"method": "quantile", "activations": "dynamic"},
@@ -197,6 +202,11 @@ def test_preset_names_are_read_back(name: str) -> None:
 def test_scheme_refuses_contradictions(fields: dict) -> None:
     with pytest.raises(ValueError, match="Scheme"):
         Scheme(**fields)
+
+
+def test_static_schemes_have_names_of_their_own() -> None:
+    assert resolve_scheme("w8a8-static") == Scheme(activations="static")
+    assert Scheme(activations="static", granularity="tensor").name == "w8a8-tensor-static"
 
 
 def test_unknown_names_are_answered_with_the_known_ones() -> None:

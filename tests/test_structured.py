@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import llmq
-from llmq.algorithms import units
+from llmq.algorithms import slicing, units
 from llmq.integrations.experts import SplitExperts
 from llmq.nn import CompressedLayer, QuantLinear
 from llmq.prune import prune
@@ -315,3 +315,15 @@ def test_refit_is_least_squares() -> None:
     assert error < 1.02 * (hidden[:, kept] @ fitted.T - wanted).norm()
     layer = {entry.name: entry for entry in model.llmq_report.layers}["0.fc2"]
     assert layer.weight_error is not None and 0 < layer.weight_error < 2
+
+
+def test_static_input_scales_stay_with_the_inputs_that_stay() -> None:
+    dense = llmq.QuantLinear.from_linear(nn.Linear(16, 8), "w8a8-static", input_scale=0.1)
+    rows, columns = torch.tensor([0, 3]), torch.arange(0, 16, 2)
+    for layer in (dense, llmq.SparseLinear.from_linear(dense)):
+        taken: Any = slicing.take("layer", layer, rows=rows, columns=columns)
+        assert torch.equal(taken.input_scale, dense.input_scale)
+        x = torch.randn(5, 8)
+        wide = torch.zeros(5, 16)
+        wide[:, columns] = x
+        assert torch.equal(taken(x), layer(wide)[:, rows])

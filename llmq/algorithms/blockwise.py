@@ -46,6 +46,7 @@ def compress(
     *,
     what: str,
     full: bool,
+    sample: bool = False,
     scaling: Scaling | None = None,
     kept: Kept | None = None,
 ) -> Compressed:
@@ -58,6 +59,7 @@ def compress(
         convert: called once for each group.
         what: on the progress bar.
         full: whether `convert` needs all second moments.
+        sample: whether it needs some inputs as they are.
         scaling: scales the inputs of a block's layers before they are converted.
         kept: blocks of an earlier run, and where those of this one are kept.
     """
@@ -84,7 +86,7 @@ def compress(
                 continue
             changes, folds = len(journal), 0 if scaling is None else len(scaling.folded)
             first, missed = len(done.layers), len(done.unreached)
-            _convert(stage, groups, convert, full, scaling, done)
+            _convert(stage, groups, convert, full, sample, scaling, done)
             if keeps is not None:
                 new = {t.name: m for t, m in done.layers[first:] if isinstance(m, CompressedLayer)}
                 if len(new) == len(groups):
@@ -100,11 +102,12 @@ def _convert(
     groups: list[list[Target]],
     convert: Convert,
     full: bool,
+    sample: bool,
     scaling: Scaling | None,
     done: Compressed,
 ) -> None:
     linear = [g for g in groups if not any(target.is_embedding for target in g)]
-    sample = scaling is not None
+    sample = sample or scaling is not None
     statistics = gather(stage, linear, full=full, sample=sample) if linear else []
     if scaling is not None and stage.name:
         scaling.prepare(stage, linear, statistics)
@@ -130,7 +133,7 @@ def _error(target: Target, layer: nn.Module) -> float:
 
 
 def _inside(group: list[Target], block: str) -> bool:
-    return all(target.name.startswith(f"{block}.") for target in group)
+    return all(f"{target.name}.".startswith(f"{block}.") for target in group)
 
 
 @contextmanager

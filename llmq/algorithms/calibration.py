@@ -67,6 +67,7 @@ def stages(model: nn.Module, batches: list[Call], what: str = "calibrate") -> It
                 )
             stage = Stage(name, block, calls, [{}] * len(calls))
             yield stage
+            stage.module = model.get_submodule(name)  # itself a layer that was replaced, perhaps
             before = order[i - 1] if i else ""
             for output, outputs in zip(stage.run(), replayed, strict=True):
                 outputs[name] = output

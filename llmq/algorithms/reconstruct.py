@@ -256,4 +256,6 @@ def _rescaled(layer: QuantLinear, moments: Moments) -> QuantLinear:
     scale = tensors["weight_scale"] * factor[:, :G].clamp(0.5, 2.0)  # a scale stays positive
     coded = uniform.UniformWeight(tensors["weight"], scale, tensors.get("weight_zero_point"))
     bias = None if layer.bias is None else factor[:, -1].to(layer.bias.dtype)
-    return QuantLinear.from_encoded(coded, bias, layer.scheme, in_features=K)
+    return QuantLinear.from_encoded(
+        coded, bias, layer.scheme, in_features=K, input_scale=layer.input_scale
+    )

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmq.algorithms import static_scale
 from llmq.algorithms.calibration import Stage, Statistics
 from llmq.algorithms.folding import Fold, Journal, find
 from llmq.algorithms.straight_through import fake_quantize
@@ -80,7 +81,8 @@ class Scaling:
             total = 0.0
             for (weight, scheme), y in zip(layers, wanted, strict=True):
                 inputs = x if scale is None else x / scale
-                inputs = _coded_inputs(inputs, scheme)
+                largest = stats.largest if scale is None else stats.largest / scale
+                inputs = _coded_inputs(inputs, scheme, largest)
                 coded = fake_quantize(weight if scale is None else weight * scale, scheme)
                 total += float((F.linear(inputs, coded) - y).square().sum())
             return total
@@ -108,9 +110,13 @@ class Scaling:
             yield torch.where(stats.largest > 0, scale, 1.0).clamp(1e-3, 1e3)
 
 
-def _coded_inputs(x: Tensor, scheme: Scheme) -> Tensor:
+def _coded_inputs(x: Tensor, scheme: Scheme, largest: Tensor) -> Tensor:
+    """Return inputs as their codes give them; `largest` [K] is of all, of which x is a sample."""
     if scheme.activations is None:
         return x
+    if scheme.activations == "static":
+        static = static_scale.whole_range(largest)
+        return x if static is None else static_scale.decoded(x, static)
     codes, scale = activation.quantize_activation(x, scheme.activation_group_size or 0)
     values: Any = codes.view(*scale.shape, -1).float() * scale[..., None]
     return values.view(x.shape)

@@ -125,6 +125,8 @@ def _take_quantized(
         table = tensors["weight_codebook"]
         shared = table.shape[0] == 1
         new["weight_codebook"] = table.clone() if shared else select(table, rows, None)
+    if "input_scale" in tensors:
+        new["input_scale"] = tensors["input_scale"].clone()
     if "bias" in tensors:
         new["bias"] = select(tensors["bias"], rows, None)
     K = layer.in_features if columns is None else columns.numel()
@@ -148,6 +150,8 @@ def _take_sparse(
     for tensor in ("weight_scale", "bias"):
         if tensor in tensors:
             new[tensor] = select(tensors[tensor], rows, None)
+    if "input_scale" in tensors:
+        new["input_scale"] = tensors["input_scale"].clone()
     return SparseLinear(
         values.shape[1], values.shape[0], Pattern("unstructured"), layer.scheme, new
     )

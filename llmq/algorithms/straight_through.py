@@ -72,6 +72,8 @@ class Master(nn.Module):
         self.mask: Tensor | None = layer.mask() if isinstance(layer, SparseLinear) else None
         table = layer._parameters.get("weight_codebook")
         self.table: Tensor | None = None if table is None else table.detach()
+        input_scale = layer._parameters.get("input_scale")
+        self.input_scale = None if input_scale is None else input_scale.detach()
         self.bias_dtype = None if bias is None else bias.dtype
         self.value_dtype = layer.weight.dtype
         self.down: nn.Parameter | None = None
@@ -121,7 +123,7 @@ class Master(nn.Module):
         if self.scheme is not None and self.scheme.activations is not None:
             with torch.no_grad():
                 group = self.scheme.activation_group_size or 0
-                codes, scale = torch.ops.llmq.quantize_activation(x, group)
+                codes, scale = torch.ops.llmq.quantize_activation(x, group, self.input_scale)
                 shape = (*scale.shape, -1)
                 rounded = (codes.view(shape).float() * scale[..., None]).view(x.shape).to(x.dtype)
             x = _StraightThrough.apply(x, rounded, None)
@@ -148,20 +150,23 @@ class Master(nn.Module):
             bias = self.bias.detach().to(self.bias_dtype)
             linear.bias = nn.Parameter(bias, requires_grad=False)
         coded: QuantLinear | None = None
+        inputs: dict[str, Any] = {"input_scale": self.input_scale}
         if self.scheme is not None and self.log_factor is not None:
             on_grid = self._learned_codes()
-            coded = QuantLinear.from_encoded(on_grid, bias, self.scheme, in_features=K)
+            coded = QuantLinear.from_encoded(on_grid, bias, self.scheme, in_features=K, **inputs)
         elif self.scheme is not None and self.table is not None:  # that training has rounded to
             levels = _on_levels(weight, self.scheme, self.table)
             coded = QuantLinear.from_encoded(levels, bias, self.scheme, in_features=K)
         if self.pattern is None:
             assert self.scheme is not None
-            return coded or QuantLinear.from_linear(linear, self.scheme)
+            return coded or QuantLinear.from_linear(linear, self.scheme, **inputs)
         if coded is not None:
             return SparseLinear.from_linear(coded, self.pattern, mask=self.mask)
         if self.scheme is None:
             linear.weight.data = linear.weight.data.to(self.value_dtype)
-        return SparseLinear.from_linear(linear, self.pattern, scheme=self.scheme, mask=self.mask)
+        return SparseLinear.from_linear(
+            linear, self.pattern, scheme=self.scheme, mask=self.mask, **inputs
+        )
 
     # -- learned scales ----------------------------------------------------------------------------
 

@@ -50,6 +50,8 @@ def why_not(layer: nn.Module) -> str | None:
             return f"{name} is {type(module).__name__}, not a QuantLinear"
         if module.scheme.op not in ("int8_linear", "weight_only_linear"):
             return f"{name} runs as {module.scheme.op}"
+        if module.scheme.activations == "static":
+            return f"{name} has a static input scale, which the op does not take"
         if module.weight.device.type != "cpu":
             return f"{name} is on {module.weight.device}; the op has a kernel for CPU alone"
     all_norms = _norms(layer)

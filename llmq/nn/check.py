@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmq.formats.activation import SMALLEST
 from llmq.nn.layer import CompressedLayer
 from llmq.nn.quant_embedding import QuantEmbedding
 from llmq.nn.quant_linear import QuantLinear
@@ -40,6 +41,13 @@ def check_layer(name: str, layer: CompressedLayer, tensors: dict[str, Tensor]) -
     for tensor in ("weight_scale", "weight_codebook"):
         if tensor in tensors and not bool(torch.isfinite(tensors[tensor]).all()):
             raise ValueError(f"layer {name}: {tensor} has NaN or infinite values")
+    if "input_scale" in tensors:
+        scale = tensors["input_scale"]
+        if not bool(((scale > SMALLEST) & torch.isfinite(scale)).all()):
+            raise ValueError(
+                f"layer {name}: input_scale is {scale.tolist()}, expected a finite number above "
+                f"{SMALLEST}"
+            )
 
 
 def _shapes(
@@ -58,6 +66,8 @@ def _shapes(
         scheme.check_fits(N, K, name)
         groups = 1 if scheme.group_size is None else K // scheme.group_size
         shapes["weight_scale"] = [[N, groups]]
+        if scheme.activations == "static":
+            shapes["input_scale"] = [[1]]
     if isinstance(layer, SparseLinear):
         return shapes | _sparse_shapes(layer, tensors)
     assert scheme is not None

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from llmq.formats.activation import SMALLEST
+from llmq.scheme import Scheme
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_FLOAT32_TENSORS = ("weight_scale", "weight_codebook")
+_FLOAT32_TENSORS = ("weight_scale", "weight_codebook", "input_scale")
 
 # A tied pair shares its Parameters; pickled, both must find the same canonical twin of each.
 _twins: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -59,6 +62,31 @@ def linear_weight(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
         conv1d: Any = linear
         return conv1d.weight.detach().T.contiguous(), conv1d.bias.detach()
     raise TypeError(f"expected nn.Linear or transformers' Conv1D, got {type(linear).__name__}")
+
+
+def input_scale_of(
+    scheme: Scheme | None, given: Tensor | float | None, device: torch.device
+) -> dict[str, Tensor]:
+    """Return the tensor `input_scale`, float32 [1], of a layer of `scheme`; none if dynamic.
+
+    Raises:
+        ValueError: if a scheme with static activations is given no scale, another scheme is given
+            one, or the scale is not finite and above 1e-30.
+    """
+    if scheme is None or scheme.activations != "static":
+        if given is not None:
+            name = "a layer without a scheme" if scheme is None else scheme.name
+            raise ValueError(f"input_scale goes with static activations, not with {name}")
+        return {}
+    if given is None:
+        raise ValueError(
+            f"{scheme.name} needs input_scale, the step of its inputs' codes; "
+            f"llmq.quantize(model, scheme={scheme.name!r}, data=...) measures it"
+        )
+    scale = torch.as_tensor(given, dtype=torch.float32, device=device).reshape(-1)
+    if scale.numel() != 1 or not SMALLEST < float(scale) < float("inf"):
+        raise ValueError(f"input_scale must be one finite number above {SMALLEST}, got {given!r}")
+    return {"input_scale": scale}
 
 
 class CompressedLayer(nn.Module):

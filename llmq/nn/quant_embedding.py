@@ -87,9 +87,11 @@ class QuantEmbedding(CompressedLayer):
             or scheme.method != "uniform"
             or not scheme.symmetric
             or scheme.granularity != "channel"
+            or scheme.activations == "static"
         ):
             raise ValueError(
-                f"an embedding takes uniform symmetric 8-bit schemes by channel, got {scheme.name}"
+                f"an embedding takes uniform symmetric 8-bit schemes by channel, its activations "
+                f"dynamic or none, got {scheme.name}"
             )
         scheme.check_fits(embedding.num_embeddings, embedding.embedding_dim)
         encoded = uniform.encode(embedding.weight.detach(), bits=8, granularity="channel")

@@ -10,10 +10,25 @@ from torch import Tensor, nn
 
 from llmq import dispatch
 from llmq.formats import codebook, uniform
-from llmq.nn.layer import CompressedLayer, autocast, call, frozen, linear_weight
+from llmq.nn.layer import (
+    CompressedLayer,
+    autocast,
+    call,
+    frozen,
+    input_scale_of,
+    linear_weight,
+)
 from llmq.ops import pack_scales, unpack_scales
 from llmq.scheme import Scheme, resolve_scheme
 
+_NAMES = (
+    "weight",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_codebook",
+    "input_scale",
+    "bias",
+)
 _SCALES = ("weight_scale", "weight_zero_point")  # that kernels read in panels too
 
 
@@ -22,13 +37,15 @@ class QuantLinear(CompressedLayer):
 
     Made by `from_linear` or `llmq.quantize`. Parameters (`requires_grad=False`): `weight` int8,
     `weight_scale` float32 [N, groups], `weight_zero_point` int8 or None, `weight_codebook` float32
-    or None, `bias` or None. Storage: `llmq/formats/uniform.py` and `codebook.py`.
+    or None, `input_scale` float32 [1] with static activations, `bias` or None. Storage:
+    `llmq/formats/uniform.py` and `codebook.py`.
     """
 
     weight: nn.Parameter
     weight_scale: nn.Parameter
     weight_zero_point: nn.Parameter | None
     weight_codebook: nn.Parameter | None
+    input_scale: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -43,21 +60,25 @@ class QuantLinear(CompressedLayer):
         self.out_features = out_features
         self.scheme = scheme
         self._op = scheme.op
-        for name in ("weight", "weight_scale", "weight_zero_point", "weight_codebook", "bias"):
+        for name in _NAMES:
             self.register_parameter(name, frozen(tensors.get(name)))
         self._pack()
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, scheme: Scheme | str) -> QuantLinear:
+    def from_linear(
+        cls, linear: nn.Module, scheme: Scheme | str, *, input_scale: Tensor | float | None = None
+    ) -> QuantLinear:
         """Quantize a `Linear` or `Conv1D`, rounding each weight to the nearest code.
 
         Args:
             linear: with weight [N, K] in floating point.
             scheme: a `Scheme` or the name of a preset.
+            input_scale: the step of its inputs' codes, where the scheme's activations are static.
 
         Raises:
             TypeError: if `linear` is no linear layer.
-            ValueError: if the weight is not finite or a group size does not divide K.
+            ValueError: if the weight is not finite, a group size does not divide K, or the input
+                scale is missing or in vain, or not finite and above 1e-30.
         """
         scheme = resolve_scheme(scheme)
         weight, bias = linear_weight(linear)
@@ -69,7 +90,9 @@ class QuantLinear(CompressedLayer):
         else:
             symmetric = scheme.symmetric
             encoded = uniform.encode(weight, bits=scheme.bits, **shape, symmetric=symmetric)
-        layer = cls.from_encoded(encoded, bias, scheme, in_features=weight.shape[1])
+        layer = cls.from_encoded(
+            encoded, bias, scheme, in_features=weight.shape[1], input_scale=input_scale
+        )
         return layer.train(linear.training)
 
     @classmethod
@@ -80,9 +103,11 @@ class QuantLinear(CompressedLayer):
         scheme: Scheme,
         *,
         in_features: int,
+        input_scale: Tensor | float | None = None,
     ) -> QuantLinear:
         """Wrap canonical tensors that a format or an algorithm has made."""
         tensors = {n: t for n, t in encoded._asdict().items() if t is not None}
+        tensors |= input_scale_of(scheme, input_scale, encoded.weight.device)
         if bias is not None:
             tensors["bias"] = bias
         return cls(in_features, encoded.weight_scale.shape[0], scheme, tensors)
@@ -92,7 +117,8 @@ class QuantLinear(CompressedLayer):
         group = self.scheme.activation_group_size or 0
         if self._op == "int8_linear":
             op = ops.int8_linear.default
-            return call(op, x, p["weight"], p["weight_scale"], p["bias"], group)
+            last = (p["bias"], group, p["input_scale"])
+            return call(op, x, p["weight"], p["weight_scale"], *last)
         codes = (p["weight"], p["weight_scale"])
         if self._op == "codebook_linear":
             op, bits = ops.codebook_linear.default, self.scheme.bits

@@ -15,6 +15,7 @@ _FIXED_DTYPES = {
     "weight_scale": torch.float32,
     "weight_codebook": torch.float32,
     "weight_zero_point": torch.int8,
+    "input_scale": torch.float32,
     "weight_bitmask": torch.uint8,
     "weight_meta": torch.uint8,
     "row_offsets": torch.int64,

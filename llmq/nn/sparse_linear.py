@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from llmq import dispatch
 from llmq.formats import bitmap, bitmap_tiles, block, semi_structured, uniform
-from llmq.nn.layer import CompressedLayer, autocast, call, frozen, linear_weight
+from llmq.nn.layer import (
+    CompressedLayer,
+    autocast,
+    call,
+    frozen,
+    input_scale_of,
+    linear_weight,
+)
 from llmq.nn.quant_linear import QuantLinear
 from llmq.scheme import Pattern, Scheme, parse_pattern, resolve_scheme
 
@@ -33,8 +40,10 @@ _SPARSE_NAMES = (
     "block_index",
     "block_offsets",
     "weight_scale",
+    "input_scale",
     "bias",
 )
+_BESIDE = ("weight_scale", "input_scale", "bias")  # that are the same in every layout
 
 
 class SparseLinear(CompressedLayer):
@@ -42,14 +51,16 @@ class SparseLinear(CompressedLayer):
 
     Made by `from_linear` or `llmq.prune`. Its canonical tensors are those of the pattern's format
     (`llmq/formats/bitmap.py`, `semi_structured.py`, `block.py`), with `weight_scale` [N, 1] where
-    values are int8. Unstructured values, int8 or of 16 bits, are held on CUDA as bitmap tiles where
-    the library has kernels for them; int8 values on CPU as bitmap panels, whatever the pattern.
-    Other floating-point values are held, and run, as a dense matrix.
+    values are int8, and `input_scale` [1] where activations are static. Unstructured values, int8
+    or of 16 bits, are held on CUDA as bitmap tiles where the library has kernels for them; int8
+    values on CPU as bitmap panels, whatever the pattern. Other floating-point values are held, and
+    run, as a dense matrix.
     """
 
     _resizable = ("weight", "block_index")
     weight: nn.Parameter
     weight_scale: nn.Parameter | None
+    input_scale: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -81,6 +92,7 @@ class SparseLinear(CompressedLayer):
         *,
         scheme: Scheme | str | None = None,
         mask: Tensor | None = None,
+        input_scale: Tensor | float | None = None,
     ) -> SparseLinear:
         """Keep the weights under `mask` of a dense or already compressed linear layer.
 
@@ -90,10 +102,13 @@ class SparseLinear(CompressedLayer):
             pattern: what the mask obeys: `"unstructured"`, `"2:4"`, `"block"` or `"block-RxC"`.
             scheme: quantizes the values too; None keeps them as `linear` has them.
             mask: bool [N, K], True where a weight stays; None keeps those that are not zero.
+            input_scale: the step of its inputs' codes, where a scheme's static activations are
+                new; compressed layers keep their own.
 
         Raises:
             TypeError: if `linear` is no linear layer.
-            ValueError: if the mask does not obey the pattern, or the scheme cannot be sparse.
+            ValueError: if the mask does not obey the pattern, the scheme cannot be sparse, or the
+                input scale is missing or in vain, or not finite and above 1e-30.
         """
         parsed = parse_pattern(pattern)
         if parsed.kind in ("structured", "layers"):
@@ -116,6 +131,8 @@ class SparseLinear(CompressedLayer):
             else:
                 wanted = _sparse_scheme(linear.scheme)
                 values, weight_scale = _int8_values(linear)
+                if input_scale is None and linear.input_scale is not None:
+                    input_scale = linear.input_scale.data
         else:
             values, bias = linear_weight(linear)
             weight_scale = None
@@ -126,6 +143,7 @@ class SparseLinear(CompressedLayer):
             encoded = uniform.encode(kept, bits=8, granularity=wanted.granularity)
             values, weight_scale = encoded.weight, encoded.weight_scale
         tensors = _encode_sparse(parsed, values, mask)
+        tensors |= input_scale_of(wanted, input_scale, values.device)
         if weight_scale is not None:
             tensors["weight_scale"] = weight_scale
         if bias is not None:
@@ -156,7 +174,7 @@ class SparseLinear(CompressedLayer):
             return F.linear(x, weight, self.bias)  # casts under autocast, else refuses
         group = self._activation_group()
         p, ops = self._parameters, torch.ops.llmq
-        last = (p["weight_scale"], p["bias"], group)
+        last = (p["weight_scale"], p["bias"], group, p["input_scale"])
         if p["weight_bitmask"] is not None:
             op = ops.bitmap_sparse_linear.default
             return call(op, x, p["weight"], p["weight_bitmask"], p["row_offsets"], *last)
@@ -215,12 +233,12 @@ class SparseLinear(CompressedLayer):
         dense = self.scheme is None and self._is_dense()
         if dense or (self._in_panels() and self._pattern.kind != "unstructured"):
             encoded = _encode_sparse(self._pattern, *self.values_and_mask())
-            kept = {n: tensors[n] for n in ("weight_scale", "bias") if n in tensors}
+            kept = {n: tensors[n] for n in _BESIDE if n in tensors}
             tensors = encoded | kept
         return tensors
 
     def bytes(self) -> int:
-        fixed = [self._parameters[n] for n in ("weight_scale", "bias")]
+        fixed = [self._parameters[n] for n in _BESIDE]
         size = sum(p.numel() * p.element_size() for p in fixed if p is not None)
         if self._pattern.kind != "unstructured" or self.weight.is_meta:
             return super().bytes()
@@ -255,7 +273,7 @@ class SparseLinear(CompressedLayer):
             return None
         if self._pattern.kind != "unstructured":
             values, mask = _decode_sparse(self._pattern, tensors, N, K)
-            kept = {n: tensors[n] for n in ("weight_scale", "bias") if n in tensors}
+            kept = {n: tensors[n] for n in _BESIDE if n in tensors}
             tensors = kept | _encode_sparse(Pattern("unstructured"), values, mask)
         packed = torch.ops.llmq.pack_bitmap_panels(*(tensors[n] for n in _BITMAP), K)
         return tensors | dict(zip(_BITMAP, packed, strict=True))
