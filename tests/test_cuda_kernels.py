@@ -233,6 +233,18 @@ def test_bitmap_touches_its_own_memory_and_equals_the_reference(
         assert_product(y, x, floats, None, str(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("N", "K"), [(32, 128), (33, 20), (140, 272)])
+def test_bitmap_expands_within_its_memory(N: int, K: int, dtype: torch.dtype) -> None:
+    values, memory = sparse(N, K, torch.rand(N, 1, generator=generator(6)), dtype)
+    memory["y"] = torch.full((N, K), 77, dtype=dtype)
+    fields = {key: tensor.data_ptr() for key, tensor in memory.items()}
+    g = emulator.SmallGemm(**fields, N=N, K=K)
+    arguments = ("run_bitmap_expand", ctypes.byref(g), dtype.itemsize)
+    emulator.launch(emulator.library(), *arguments, memory=memory)
+    assert_equal(memory["y"], values)
+
+
 @pytest.mark.parametrize("value", [torch.int8, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("density", [0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
 def test_lanes_of_bitmap_wait_for_a_bank_once_at_most_on_average(
