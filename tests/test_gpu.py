@@ -176,11 +176,12 @@ def test_layers_are_captured_in_graphs_and_compiled_whole(scheme: str) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
-def test_sparse_layers_hold_what_their_kernel_reads_and_give_it_back(scheme: str) -> None:
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", None])
+def test_sparse_layers_hold_what_their_kernel_reads_and_give_it_back(scheme: str | None) -> None:
     torch.manual_seed(0)
     mask = torch.rand(96, 128) < 0.4
-    layer = SparseLinear.from_linear(torch.nn.Linear(128, 96), scheme=scheme, mask=mask)
+    linear = torch.nn.Linear(128, 96, dtype=HALF if scheme is None else torch.float32)
+    layer = SparseLinear.from_linear(linear, scheme=scheme, mask=mask)
     expected, weight = layer.state_dict(), layer.dequantize()
     layer = layer.to(DEVICE)
     tiles = dispatch.has_cuda("bitmap_sparse_linear")
@@ -196,7 +197,7 @@ def test_sparse_layers_hold_what_their_kernel_reads_and_give_it_back(scheme: str
                 captured = layer(x)
             graph.replay()
             assert_equal(captured.clone(), y, "in a graph")
-        product = x.cpu().float() @ weight.T + layer.bias.cpu()
+        product = x.cpu().float() @ weight.T + layer.bias.cpu().float()
         error = (y.cpu().float() - product).norm() / product.norm()
         assert error < 0.02, (M, layer.kernel(M, HALF))
     for name, tensor in layer.cpu().state_dict().items():
