@@ -169,7 +169,7 @@ struct Plan {
   static constexpr int kBytes = kScales + kWarps * Folds<Weight, X, kGroup>::kBytes;
   // A multiprocessor: three where 168 registers do, and the 228 KB of an H100, of which each takes 1.
   static constexpr bool kLight =
-      kT == 1 || (kT == 2 && kGroup != kAnyGroup && !Folds<Weight, X, kGroup>::kZeros);
+      kGroup != kAnyGroup && (kT == 1 || (kT == 2 && !Folds<Weight, X, kGroup>::kZeros));
   static constexpr int kBlocks = kLight && 3 * (kBytes + 1024) <= 228 * 1024 ? 3 : 2;
   static_assert(kBytes <= 99 * 1024);  // what a block may have on every GPU
 };
