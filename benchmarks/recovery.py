@@ -318,12 +318,12 @@ def run_plan(args: argparse.Namespace) -> Record:
         windows = training[: training.numel() // 512 * 512].view(-1, 512)  # articles come last
         plan = llmq.plan(
             original,
-            training[:4096],
+            training[:8192],
             max_kl=0.01,
             minimize="bytes",
             formats=(*FORMATS, *PLAN_CALIBRATED),
             calibration=torch.cat([windows[32:36], windows[-32:-28]]),
-            validation={"articles": windows[-4:]},
+            validation={"articles": windows[-16:]},
             resume=folder / "measured.json",
         )
         print(plan, file=sys.stderr)
