@@ -107,6 +107,7 @@ def _quantize_rows(
             codes = _clamped(x, inverse)
             tl.store(codes_row[:, None] + start + column[None, :], codes, mask=mask)
         if tl.max(amax) == float("inf"):
+            tl.debug_barrier()  # other threads may have stored the codes that these zeros replace
             bad = inside & (amax == float("inf"))
             zeros = tl.zeros((ROWS, BLOCK), tl.int8)
             for start in range(0, size, BLOCK):

@@ -7,8 +7,8 @@
 namespace llmq {
 namespace {
 
-constexpr uint32_t kInfinity =
-    0x7f800000;  // the bits of |x|, above all finite ones and below NaN's
+// The bits of |x| order finite values, infinity, NaN.
+constexpr uint32_t kInfinity = 0x7f800000;
 
 // largest_magnitude(x, count): the bits of max|x|. encode(x, count, inverse, codes, null) writes the
 // codes and returns their sum; encode_given(…, largest) clamps them and tells the bits of max|x|;

@@ -13,8 +13,8 @@
 namespace llmq {
 namespace {
 
-constexpr uint32_t kInfinity =
-    0x7f800000;                  // the bits of |x|, above all finite ones and below NaN's
+// The bits of |x| order finite values, infinity, NaN.
+constexpr uint32_t kInfinity = 0x7f800000;
 constexpr int64_t kChunk = 256;  // inputs converted to float32 at a time
 
 // As integers, magnitudes order like floats, with infinity and NaN on top.

@@ -8,7 +8,8 @@ namespace llmq::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr uint32_t kInfinity = 0x7f800000u;  // the bits of |x|, above all finite ones, below NaN's
+// The bits of |x| order finite values, infinity, NaN.
+constexpr uint32_t kInfinity = 0x7f800000u;
 
 // Of the bits of |x|: integers order infinity below NaN, which a float maximum would lose.
 LLMQ_PTX uint32_t block_max(uint32_t value, uint32_t* shared) {
