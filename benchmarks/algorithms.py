@@ -27,6 +27,7 @@ from benchmarks.recovery import minilm
 from llmq import bench
 from llmq.algorithms import depth
 from llmq.integrations import smollm2
+from llmq.scheme import resolve_scheme
 
 WINDOW, JUDGED, APART, WINDOWS = 512, 4096, 4096, 16
 
@@ -35,7 +36,8 @@ Verb = Callable[[Any, Any], Any]
 
 def _quantize(scheme: str, algorithm: str = "rtn") -> Verb:
     def run(model: Any, data: Any) -> Any:
-        given = None if algorithm == "rtn" else data
+        static = resolve_scheme(scheme).activations == "static"
+        given = data if static or algorithm != "rtn" else None
         return llmq.quantize(model, scheme=scheme, algorithm=algorithm, data=given)
 
     return run
@@ -63,6 +65,11 @@ CASES: dict[str, Verb] = {
     "w8a8": _quantize("w8a8"),
     "w8a8-smoothquant": _quantize("w8a8", "smoothquant"),
     "w8a8-smoothquant+gptq": _quantize("w8a8", "smoothquant+gptq"),
+    "w8a8-static": _quantize("w8a8-static"),
+    "w8a8-static-clip": _quantize("w8a8-static", "clip"),
+    "w8a8-static-smoothquant": _quantize("w8a8-static", "smoothquant"),
+    "w8a8-static-smoothquant+clip": _quantize("w8a8-static", "smoothquant+clip"),
+    "w8a8-static-smoothquant+gptq": _quantize("w8a8-static", "smoothquant+gptq"),
     "w4a16-g32": _quantize("w4a16-g32"),
     "w4a16-g32-clip": _quantize("w4a16-g32", "clip"),
     "w4a16-g32-awq": _quantize("w4a16-g32", "awq"),
@@ -93,7 +100,11 @@ CASES: dict[str, Verb] = {
 }
 MINILM: dict[str, Verb] = {
     f"minilm-{name}": CASES[name]
-    for name in ("w8a8", "w8a8-smoothquant", "w8a8-smoothquant+gptq", "w4a16-g32", "w4a16-g32-gptq")
+    for name in (
+        *("w8a8", "w8a8-smoothquant", "w8a8-smoothquant+gptq"),
+        *("w8a8-static", "w8a8-static-clip", "w8a8-static-smoothquant"),
+        *("w8a8-static-smoothquant+gptq", "w4a16-g32", "w4a16-g32-gptq"),
+    )
 }
 
 
