@@ -18,10 +18,10 @@ in flight   Little's law: bytes that cp.async may have on their way, over bandwi
 
 Bytes of a weight are those that memory must deliver: codes, and of groups a float32 scale and a
 zero point; sparse ones at half density. Inputs come from L2. Instructions and wavefronts are of
-a warp, for 32 weights. The 2:4 kernel, for many tokens, has instructions and wavefronts an mma
-of 16 × 8 × 64 instead: a multiprocessor does 4 of those and one of these a cycle, and by the data
-sheets an A100 an mma every 2 cycles, an H100 every cycle. Takes nvcc, g++, and nvdisasm from
-Triton's wheel or from PATH.
+a warp, for 32 weights. The 2:4 kernel, for many tokens, has instructions and wavefronts an mma.sp
+of 16 × 8 × 64 instead (the latter as csrc/cuda/kernels.h counts them, those of wgmma included), and
+bounds as parts of the sparse peak: the same mma a cycle as above, each of twice the inputs. Takes
+nvcc, g++, and nvdisasm from Triton's wheel or from PATH.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def loop(code: str) -> list[str]:
         target = re.search(r"`\((\.L_\S+?)\)", instruction[2])
         if instruction[1].startswith("BRA") and target and target[1] in labels:
             begin = labels[target[1]]
-            if any(i.startswith(("IMMA", "HMMA")) for i in lines[begin:]):
+            if any(i.startswith(("IMMA", "HMMA", "IGMMA")) for i in lines[begin:]):
                 loops.append((begin, len(lines)))
     if not loops:
         return []
@@ -160,14 +160,48 @@ def loop(code: str) -> list[str]:
     return body
 
 
-def of_mma(body: list[str]) -> dict[str, object]:
-    """Return what a loop takes for an mma; copies and ldmatrix move 16 bytes a lane, loads 8."""
-    count = Counter(i.split(".")[0] for i in body)
-    mma, wavefronts = count["IMMA"], 4 * (count["LDGSTS"] + count["LDSM"]) + 2 * count["LDS"]
-    return {
-        "instructions an mma": round(len(body) / mma, 3),
-        "shared wavefronts an mma": round(wavefronts / mma, 3),
-    }
+class SparsePlan(NamedTuple):
+    """One of the ways in which the 2:4 kernel shares out its work (csrc/cuda/kernels.h)."""
+
+    row_tiles: int
+    token_tiles: int
+    row_warps: int
+    token_warps: int
+    stages: int
+    wgmma: bool
+
+    @classmethod
+    def all(cls) -> list[SparsePlan]:
+        text = (ROOT / "csrc" / "cuda" / "kernels.h").read_text()
+        found = re.findall(r"\{(\d+), (\d+), (\d+), (\d+), (\d+), (true|false)\},", text)
+        return [cls(*map(int, numbers), wgmma == "true") for *numbers, wgmma in found]
+
+    def row(self, gpu: Gpu, registers: int, body: list[str]) -> dict[str, Any]:
+        """Return what an entry of the table has of the kernel with this plan."""
+        outputs = self.row_warps * self.row_tiles * 16
+        tokens = self.token_warps * self.token_tiles * 8
+        threads = self.row_warps * self.token_warps * (128 if self.wgmma else 32)
+        chunk = outputs * (64 + 16) + tokens * 128  # bytes
+        moved = chunk + outputs * (64 + 16) * self.token_warps + tokens * 128 * self.row_warps
+        count = Counter(i.split(".")[0] for i in body)
+        a_warp = count["IGMMA"] * self.row_tiles * self.token_tiles / 4 + count["IMMA"]
+        wavefronts, instructions = moved / 128 / (outputs * tokens / 64), len(body) / a_warp
+        cycles = {"issue": instructions / 4, "shared": wavefronts, "matrix": gpu.mma_cycles}
+        parts = {key: min(1.0, gpu.mma_cycles / value) for key, value in cycles.items()}
+        return {
+            "kernel": f"2:4, {'wgmma' if self.wgmma else 'mma'}.sp, {outputs} × {tokens}",
+            "gpu": gpu.name,
+            "registers": registers,
+            "blocks": {
+                "by registers": 65536 // (threads * (-(-registers // 8) * 8)),
+                "by shared memory": gpu.shared_kb * 1024 // (self.stages * chunk + 1024),
+            },
+            "warps of a block": threads // 32,
+            "shared bytes of a block": self.stages * chunk,
+            "instructions an mma": round(instructions, 3),
+            "shared wavefronts an mma": round(wavefronts, 3),
+            "bounds, of the sparse peak": {key: round(part, 2) for key, part in parts.items()},
+        }
 
 
 @functools.cache
@@ -255,7 +289,7 @@ def loops(cubin: Path) -> dict[str, list[str]]:
     return {
         name: loop(code)
         for name, code in sections.items()
-        if "small_gemm" in name or "sparse_gemm" in name
+        if any(kind in name for kind in ("small_gemm", "sparse_gemm", "sparse_wgmma"))
     }
 
 
@@ -272,13 +306,12 @@ def disassemble(arch: str, source: str, folder: Path) -> list[tuple[str, int, li
 def measure(arch: str, source: str, folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name, registers, body in disassemble(arch, source, folder):
-        row: dict[str, Any] = {"gpu": GPUS[arch].name, "registers": registers}
-        if "sparse_gemm" in name:
-            tokens = re.search(r"sparse_gemmILi(\d+)E", name)
-            row = {"kernel": f"2:4, blocks of {tokens[1] if tokens else '?'} tokens"} | row
-            row["blocks by registers"] = 65536 // (128 * (-(-registers // 8) * 8))
-            rows.append(row | of_mma(body))
+        sparse = re.search(r"sparse_(?:gemm|wgmma)ILi(\d+)E", name)
+        if sparse:
+            if body:  # on GPUs without it, wgmma's kernel is empty
+                rows.append(SparsePlan.all()[int(sparse[1])].row(GPUS[arch], registers, body))
             continue
+        row: dict[str, Any] = {"gpu": GPUS[arch].name, "registers": registers}
         kernel = parse(name)
         row = {"kernel": kernel.label, "tokens": kernel.tokens, "group": kernel.group_label} | row
         rows.append(row | bounds(GPUS[arch], kernel, registers, body))
@@ -292,6 +325,9 @@ HEAD = (
     *("tokens", "group", "regs", "KB sh.", "blocks", "warps", "KB flight", "instr.", "waves"),
     *("bytes", "issue", "shared", "matrix", "in flight", "binds"),
 )
+
+SPARSE_COLUMNS = "{:<26} {:>5} {:>6} {:>9} {:>6} {:>7} {:>6} | {:>6} {:>6} {:>6}"
+SPARSE_HEAD = ("kernel", *HEAD[2:6], *HEAD[7:9], *HEAD[10:13])
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -320,10 +356,23 @@ def show(rows: list[dict[str, Any]]) -> None:
                         f"{row['binds']} ({min(part.values()):.2f})",
                     )
                 )
-    print()
-    for row in rows:
-        if "binds" not in row:
-            print(*(f"{key} {value}," for key, value in row.items()))
+    for gpu in dict.fromkeys(row["gpu"] for row in rows):
+        many = [row for row in rows if row["gpu"] == gpu and "binds" not in row]
+        if many:
+            print(f"\n{gpu}: bounds of the sparse peak\n{SPARSE_COLUMNS.format(*SPARSE_HEAD)}")
+        for row in many:
+            blocks, part = row["blocks"].values(), row["bounds, of the sparse peak"]
+            print(
+                SPARSE_COLUMNS.format(
+                    *(row["kernel"], row["registers"]),
+                    round(row["shared bytes of a block"] / 1024, 1),
+                    "min({}, {})".format(*blocks),
+                    row["warps of a block"] * min(blocks),
+                    row["instructions an mma"],
+                    row["shared wavefronts an mma"],
+                    *(f"{value:.2f}" for value in part.values()),
+                )
+            )
 
 
 def main() -> None:
