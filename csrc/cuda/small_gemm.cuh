@@ -170,6 +170,10 @@ struct Plan {
   // A multiprocessor: three where 168 registers do, and the 228 KB of an H100, of which each takes 1.
   static constexpr bool kLight =
       kGroup != kAnyGroup && (kT == 1 || (kT == 2 && !Folds<Weight, X, kGroup>::kZeros));
+  // Unrolled in full, the loop of 4-bit weights would take more registers than there are.
+  static constexpr int kTrips = Weight::kBits == 8                        ? 1
+                                : Folds<Weight, X, kGroup>::kInputs == 32 ? (kT == 4 ? 4 : 2)
+                                                                          : (kT == 4 ? 2 : 1);
   static constexpr int kBlocks = kLight && 3 * (kBytes + 1024) <= 228 * 1024 ? 3 : 2;
   static_assert(kBytes <= 99 * 1024);  // what a block may have on every GPU
 };
@@ -412,8 +416,7 @@ __global__ void __launch_bounds__(kThreads, (Plan<Weight, X, kT, kGroup>::kBlock
     const unsigned char* const w_stage = stage + warp * Weight::kStageBytes;
     const unsigned char* const x_stage = stage + P::kWeightBytes;
     read = next(read);
-    // Unrolled in full, four token tiles of 4-bit weights would take more registers than there are.
-#pragma unroll(kT == 4 && Weight::kBits == 4 ? 2 : Weight::kPairs)
+#pragma unroll(Weight::kPairs / P::kTrips)
     for (int pair = 0; pair < Weight::kPairs; ++pair) {
       uint32_t words[kTiles][Weight::kWords];
 #pragma unroll
