@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) expand(const SmallGemm g) {
   const int first = static_cast<int>(blockIdx.y) * kBlockOutputs + warp * kWarpOutputs;
   const int chunk = static_cast<int>(blockIdx.z);  // a slice
   unsigned char* const stage = ptx::shared_memory() + warp * Weight::kStageBytes;
-  Weight weight(g, first, lane);
+  Weight weight(g, first, chunk, lane);
   weight.copy(stage, chunk, lane);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) expand(const SmallGemm g) {
 #pragma unroll
     for (int r = 0; r < kTiles; ++r) {
       uint32_t words[Weight::kWords];
-      weight.load(words, stage, nullptr, r, pair, lane);
+      weight.load(words, stage, r, pair, lane);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // two units of 4 inputs, two rows
         const int n = first + r * kTileRows + i % 2 * 8 + lane / 4;

@@ -28,7 +28,6 @@ struct Bitmap {
   static constexpr int kRunUnits = 4 * kChunk * kSize / 16 + 1;  // at most, of 16 bytes
   static constexpr int kPitch = kRunUnits * 16;
   static constexpr int kStageBytes = kMaskBytes + 8 * kPitch + 16;
-  static constexpr int kTableBytes = 0;
 
   const unsigned char* header;  // of the chunk to copy
   const int64_t* offset;
@@ -40,9 +39,9 @@ struct Bitmap {
   int32_t sum[4], at[kSize][4];  // bits, from a stage's first value on
   uint32_t before;               // B of the prefix sums
 
-  LLMQ_PTX Bitmap(const SmallGemm& g, int first, int lane)
+  LLMQ_PTX Bitmap(const SmallGemm& g, int first, int begin_chunk, int lane)
       : values(static_cast<const unsigned char*>(g.weight)),
-        chunk(Slice(g, kChunk, 1).begin),
+        chunk(begin_chunk),
         chunks((g.K + kChunk - 1) / kChunk) {
     // A warp without outputs does as the last one that has some.
     const int64_t at = static_cast<int64_t>(least(first, g.N - 1) / kWarpOutputs) * chunks + chunk;
@@ -81,8 +80,8 @@ struct Bitmap {
     find(lane);
   }
 
-  LLMQ_PTX void load(uint32_t (&words)[kWords], const unsigned char* stage, const unsigned char*,
-                     int r, int pair, int lane) {
+  LLMQ_PTX void load(uint32_t (&words)[kWords], const unsigned char* stage, int r, int pair,
+                     int lane) {
     if (r == 0) {
       const auto* const words_of = reinterpret_cast<const uint32_t*>(stage + kBitmapHeader);
       mask = ptx::ld_shared(words_of + lane * kPairs + pair);

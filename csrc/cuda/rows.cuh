@@ -17,7 +17,7 @@ struct Rows {
   static constexpr bool kGroups = true;  // of weights that share a scale
   static constexpr int kChunk = chunk_inputs(kBits);
   static constexpr int kParts = 8 / kBits;  // of 32 inputs in two units
-  static constexpr int kPairs = kUnits / 2, kWords = 4, kTableBytes = 0;
+  static constexpr int kPairs = kUnits / 2, kWords = 4;
   static constexpr int kStageBytes = kWarpOutputs * kUnits * 16;
 
   const unsigned char* from;  // of this lane: one row in four
@@ -25,7 +25,7 @@ struct Rows {
   int rows;   // that there are from the lane's first
   int to[2];  // in a stage, of even and odd copies
 
-  LLMQ_PTX Rows(const SmallGemm& g, int first, int lane)
+  LLMQ_PTX Rows(const SmallGemm& g, int first, int, int lane)
       : row_bytes(g.K / 8 * kBits), unit(lane % kUnits) {
     const int mine = lane / kUnits;
     rows = g.N - first - mine;
@@ -46,8 +46,8 @@ struct Rows {
   }
 
   // Units 2·pair and 2·pair + 1 of tile r: word[0], word[1] of rows g, g + 8, then word[2], word[3].
-  LLMQ_PTX static void load(uint32_t (&words)[4], const unsigned char* stage, const unsigned char*,
-                            int r, int pair, int lane) {
+  LLMQ_PTX static void load(uint32_t (&words)[4], const unsigned char* stage, int r, int pair,
+                            int lane) {
     const int row = r * kTileRows + lane % 16;
     ptx::ldmatrix_x4(words, stage + row * 128 + ((2 * pair + lane / 16) ^ lane % 8) * 16);
   }

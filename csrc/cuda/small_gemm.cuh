@@ -157,7 +157,7 @@ struct Folds {
   static constexpr int kBytes = kOutputBytes + (kTokens ? kChunk * 32 * int{sizeof(float)} : 0);
 };
 
-// Shared memory: the stages, the table of the weights, the scales of a chunk.
+// Shared memory: the stages, the scales of a chunk.
 template <class Weight, class X, int kT, int kGroup>
 struct Plan {
   static constexpr int kTokens = kTokenTile * kT;
@@ -165,7 +165,7 @@ struct Plan {
   static constexpr int kWeightBytes = kWarps * Weight::kStageBytes;
   static constexpr int kStageBytes = kWeightBytes + kTokens * kTokenBytes;
   static constexpr int kStages = 3 * kStageBytes <= 80 * 1024 ? 3 : 2;
-  static constexpr int kScales = kStages * kStageBytes + Weight::kTableBytes;
+  static constexpr int kScales = kStages * kStageBytes;
   static constexpr int kBytes = kScales + kWarps * Folds<Weight, X, kGroup>::kBytes;
   // A multiprocessor: three where 168 registers do, and the 228 KB of an H100, of which each takes 1.
   static constexpr bool kLight =
@@ -299,11 +299,10 @@ __global__ void __launch_bounds__(kThreads, (Plan<Weight, X, kT, kGroup>::kBlock
   const int begin = slice(blockIdx.z), end = slice(blockIdx.z + 1);
 
   unsigned char* const stages = ptx::shared_memory();
-  unsigned char* const table = stages + kStages * P::kStageBytes;
   auto* const output_scales = reinterpret_cast<FloatWord*>(stages + P::kScales + warp * F::kBytes);
   auto* const token_scales =
       reinterpret_cast<float*>(stages + P::kScales + warp * F::kBytes + F::kOutputBytes);
-  Weight weight(g, n0 + warp * kWarpOutputs, lane);
+  Weight weight(g, n0 + warp * kWarpOutputs, begin, lane);
   const Tokens<X, P::kTokens, P::kTokenBytes> tokens(g, m0, thread);
 
   const auto next = [](int stage) { return stage == kStages - 1 ? 0 : stage + 1; };
@@ -319,7 +318,6 @@ __global__ void __launch_bounds__(kThreads, (Plan<Weight, X, kT, kGroup>::kBlock
   };
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) copy(begin + i);
-  if constexpr (Weight::kTableBytes > 0) Weight::fill_table(table);
 
   // Of one output and one token a lane.
   GroupRow<kGroup, F::kOutputs ? F::kChunk : 0, Weight::kBits> of_output(
@@ -420,7 +418,7 @@ __global__ void __launch_bounds__(kThreads, (Plan<Weight, X, kT, kGroup>::kBlock
     for (int pair = 0; pair < Weight::kPairs; ++pair) {
       uint32_t words[kTiles][Weight::kWords];
 #pragma unroll
-      for (int r = 0; r < kTiles; ++r) weight.load(words[r], w_stage, table, r, pair, lane);
+      for (int r = 0; r < kTiles; ++r) weight.load(words[r], w_stage, r, pair, lane);
 #pragma unroll
       for (int part = 0; part < Weight::kParts; ++part) {
         const int block = pair * Weight::kParts + part;  // of 32 inputs
