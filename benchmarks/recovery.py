@@ -39,7 +39,7 @@ from llmq.student import make_student
 
 Record = dict[str, Any]
 # Formats that SmolLM2's plan is offered beside those that need no data.
-PLAN_CALIBRATED = ("w8a8 smoothquant",)
+PLAN_CALIBRATED = ("w8a8 smoothquant", "w4a8-g32 gptq", "w4a8-g64 gptq")
 
 
 def minilm() -> tuple[Any, Any]:
