@@ -94,6 +94,51 @@ def recovery(*records: dict[str, Any]) -> str:
     return _table(head, rows)
 
 
+def smollm2(*records: dict[str, Any]) -> str:
+    """Return perplexity and KL before and after training, a row each of a record; and losses."""
+    texts = ("documentation", "articles")
+    names = {"smollm2": "50 % sparse w8a8", "smollm2-original": "the original"}
+    rows, curves = [], []
+    for record in records:
+        case = Path(record["file"]).stem.split("_", 1)[1].rpartition("_")[0].replace("_", "-")
+        for row in record["rows"]:
+            done = f"{row['steps']} steps" if "steps" in row else "as it was"
+            cells = [f"{names[case]}, {done}", f"{row['bytes'] / 1e6:.1f}"]
+            for text in texts:
+                found = row[text]
+                change = found["change"]
+                value, low, high = (100 * change[key] for key in ("value", "low", "high"))
+                cells.append(f"{found['perplexity']:.2f}")
+                cells.append(f"{value:+.0f} % [{low:+.0f}, {high:+.0f}]")
+                cells.append(f"{found['kl']:.3f}")
+            rows.append(cells)
+            if "validation" in row:
+                steps = ", ".join(f"{loss:.3f} after {step}" for step, loss in row["validation"])
+                curves.append(f"Validation loss of {names[case]}, by steps: {steps}.")
+    head = ["", "MB"]
+    for text in texts:
+        head += [text, "to float32, 95 %", "KL"]
+    return "\n\n".join([_table(head, rows), *curves])
+
+
+def plan(record: dict[str, Any]) -> str:
+    """Return size, KL and speed of uniform formats and of the plan."""
+    original, *models = record["rows"]
+    speed = original["speed"]
+    rows = [["float32", "1", "", "", f"{speed['prefill']:.0f}", f"{speed['decode']:.1f}", "", ""]]
+    for row in models:
+        cells = [row["name"], f"{row['linear_share']:.4f}"]
+        for text in ("documentation", "articles"):
+            kl = row[text]["kl"]
+            cells.append(f"{kl['value']:.4f} [{kl['low']:.4f}, {kl['high']:.4f}]")
+        for key in ("speed", "accelerated_speed"):
+            cells += [f"{row[key]['prefill']:.0f}", f"{row[key]['decode']:.1f}"]
+        rows.append(cells)
+    head = ["", "linear bytes", "KL, documentation", "KL, articles", "prefill tok/s"]
+    head += ["decode tok/s", "prefill, accelerated", "decode, accelerated"]
+    return f"{_table(head, rows)}\n\n{_machine(record)}."
+
+
 def t5(record: dict[str, Any]) -> str:
     """Return a T5's exact match and phoneme error, a row a scheme."""
     rows = [
@@ -120,7 +165,9 @@ KINDS: dict[str, Callable[..., str]] = {
     "linear": linear,
     "model": model,
     "peers": peers,
+    "plan": plan,
     "recovery": recovery,
+    "smollm2": smollm2,
     "t5": t5,
 }
 
