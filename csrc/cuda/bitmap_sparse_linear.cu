@@ -5,13 +5,13 @@
 // the instructions of up to 8 tokens allows (benchmarks/results/static/cuda.json; not yet measured)
 //
 //     values  inputs  instructions a weight   at d = 0.5   at d = 0.3
-//     int8    int8                      4.5         1.23         0.84
-//     int8    f16                       6.1         0.92         0.63
-//     int8    bf16                      7.5         0.75         0.51
-//     16 bits                           9.8         1.03         0.67
+//     int8    int8                      3.4         1.66         1.14
+//     int8    f16                       4.5         1.25         0.86
+//     int8    bf16                      5.4         1.04         0.71
+//     16 bits                           7.0         1.45         0.94
 //
-// and reading shared memory, where lanes meet in banks, about as much: the emulator counts 1.28 and
-// 1.15 wavefronts for 32 int8 weights at these densities, which allow 1.09 and 0.84.
+// and reading shared memory, where lanes meet in banks, less: 1.10 (int8 inputs) and 0.84, as the
+// emulator counts 1.27 and 1.15 wavefronts for 32 int8 weights at these densities.
 // For more tokens `expand` writes the matrix out, for a dense product to take.
 #include "bitmap_tiles.cuh"
 
