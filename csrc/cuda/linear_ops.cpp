@@ -58,7 +58,7 @@ Tensor weight_only_linear(const Tensor& given, const Tensor& given_weight,
   g.weight = rows_of(kOp, weight, g.K, bits);
   std::optional<Quantized> q;
   if (codes) {
-    q = quantize(kOp, x, *activation_group_size, device);
+    q = quantize(kOp, x, *activation_group_size, std::nullopt, device);
     set_codes(kOp, g, *q);
   } else {
     g.x = x.const_data_ptr();
