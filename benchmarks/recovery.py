@@ -335,7 +335,9 @@ def run_plan(args: argparse.Namespace) -> Record:
         file = folder / f"judged-{name}.json"
         if not file.exists():
             row: Record = {"name": name, "bytes": model_bytes(model)}
-            row["linear_share"] = model.llmq_report.bytes_after / record["bytes_before"]
+            # The report leaves out layers that stay as they were; uniform formats have none.
+            after = record if name == "plan" else {"bytes_after": model.llmq_report.bytes_after}
+            row["linear_share"] = after["bytes_after"] / record["bytes_before"]
             for text, ids in held.items():
                 found = llmq.compare(original, model, ids).intervals
                 row[text] = {what: _change(found[what]) for what in ("kl", "perplexity")}
