@@ -36,6 +36,9 @@ def test_compiles_without_warnings_spills_or_local_memory(
     usage = re.findall(r"(\d+) bytes (stack frame|spill stores|spill loads)", result.stderr)
     assert usage and all(size == "0" for size, _ in usage), f"{source}: {usage}"
     for name, body in static_cuda.loops(target).items():
+        if "wgmma" in name and arch != "sm_90a":
+            assert not body, f"{name} is more than empty where there is no wgmma"
+            continue
         copies = [i for i in body if i.startswith("LDGSTS")]
         wide = [i for i in copies if i.endswith(".128")]
         assert wide, f"{name} copies no 16 bytes at once"
