@@ -115,6 +115,13 @@ def _sparse(model: Any, method: str, data: Any) -> Any:
     return llmq.quantize(model, scheme="w8a8")
 
 
+def _sparse_calibrated(model: Any, method: str, data: list[Any]) -> Any:
+    """Do the same, but code what is left with the first half of the data."""
+    llmq.prune(model, 0.5, method=method, data=None if method == "magnitude" else data)
+    half = data[: len(data) // 2]
+    return llmq.quantize(model, scheme="w8a8", algorithm="smoothquant+gptq", data=half)
+
+
 def _distilled_encoder(
     case: str, compress: Callable[[Any, Any], Any], args: argparse.Namespace
 ) -> tuple[list[Record], Any, Any]:
@@ -234,14 +241,7 @@ def _smollm2_text(tokenizer: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def run_smollm2(args: argparse.Namespace) -> Record:
     """Half of SmolLM2's weights gone and the rest int8, both with calibration; distilled."""
-
-    def compress(model: Any, data: list[Tensor]) -> Any:
-        llmq.prune(model, 0.5, method="sparsegpt", data=data)
-        return llmq.quantize(
-            model, scheme="w8a8", algorithm="smoothquant+gptq", data=data[: len(data) // 2]
-        )
-
-    return _tuned_smollm2(args, "smollm2", compress)
+    return _tuned_smollm2(args, "smollm2", lambda m, data: _sparse_calibrated(m, args.method, data))
 
 
 def run_smollm2_original(args: argparse.Namespace) -> Record:
@@ -364,14 +364,14 @@ def run_plan(args: argparse.Namespace) -> Record:
     return {"rows": [first, *rows], "plan": record}
 
 
-CASES = {
-    "minilm": (run_minilm, 150, 3e-4),
-    "bert": (run_bert, 150, 3e-4),
-    "student": (run_student, 150, 3e-4),
-    "t5": (run_t5, 400, 1e-3),
-    "smollm2": (run_smollm2, 300, 5e-4),
-    "smollm2-original": (run_smollm2_original, 300, 5e-4),
-    "plan": (run_plan, 0, 0.0),
+CASES = {  # what runs, steps, learning rate, method of pruning
+    "minilm": (run_minilm, 150, 3e-4, "magnitude"),
+    "bert": (run_bert, 150, 3e-4, "magnitude"),
+    "student": (run_student, 150, 3e-4, "magnitude"),
+    "t5": (run_t5, 400, 1e-3, "magnitude"),
+    "smollm2": (run_smollm2, 300, 5e-4, "sparsegpt"),
+    "smollm2-original": (run_smollm2_original, 300, 5e-4, "magnitude"),
+    "plan": (run_plan, 0, 0.0, "magnitude"),
 }
 
 
@@ -381,13 +381,13 @@ def main() -> None:
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--steps", type=int, help="of training")
     parser.add_argument("--lr", type=float)
-    parser.add_argument("--method", default="magnitude", help="of pruning, as llmq.prune takes it")
+    parser.add_argument("--method", help="of pruning, as llmq.prune takes it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3, help="of measuring speed")
     parser.add_argument("--bfloat16", action="store_true", help="compute products in it")
     args = parser.parse_args()
-    run, steps, lr = CASES[args.case]
-    args.steps, args.lr = args.steps or steps, args.lr or lr
+    run, steps, lr, method = CASES[args.case]
+    args.steps, args.lr, args.method = args.steps or steps, args.lr or lr, args.method or method
     settings = {name: value for name, value in vars(args).items() if name != "case"}
     record = {"machine": bench.machine(), "settings": settings, **run(args)}
     print(results.write(f"recovery_{args.case}_{args.seed}".replace("-", "_"), record))

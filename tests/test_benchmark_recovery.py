@@ -29,7 +29,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = families.CAUSAL["llama"]().eval()
     g = generator(0)
-    texts = tuple(torch.randint(3, 128, (n,), generator=g) for n in (1100, 1100, 256 * 70))
+    texts = tuple(torch.randint(3, 128, (n,), generator=g) for n in (1100, 1100, 256 * 140))
     monkeypatch.setattr(recovery.smollm2, "load", lambda: (copy.deepcopy(model), None))
     monkeypatch.setattr(recovery.smollm2, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(recovery, "_smollm2_text", lambda tokenizer: texts)
@@ -49,7 +49,7 @@ def test_smollm2_is_judged_before_and_after(method: str) -> None:
 
 
 def test_an_interrupted_case_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    genuine, made = recovery._sparse, []
+    genuine, made = recovery._sparse_calibrated, []
 
     def counted(*args: Any) -> Any:
         made.append(args)
@@ -58,7 +58,7 @@ def test_an_interrupted_case_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recovery, "_sparse", counted)
+    monkeypatch.setattr(recovery, "_sparse_calibrated", counted)
     with monkeypatch.context() as patch:
         patch.setattr(llmq, "fine_tune", stopped)
         with pytest.raises(KeyboardInterrupt):
