@@ -38,14 +38,14 @@ def _values(N: int, K: int) -> tuple[Tensor, Tensor]:
 def _check(op: Any, kernel: Any, x: Tensor, stored: Any, scale: Tensor, group: int) -> None:
     """Compare int8 inputs to the bit, or where groups part the sums within the formula."""
     bias = torch.randn(scale.shape[0], generator=generator(4)).to(x.dtype)
-    y = kernel(*on_device(x, *stored, scale, bias), group, SMALL)
+    y = kernel(*on_device(x, *stored, scale, bias), group, config=SMALL)
     call = op(x, *stored, scale, bias, group)
     if group in (0, 32, x.shape[1]):
         assert_equal(y.cpu(), call.reference())
     codes, x_scale = ops.activation.quantize_activation(x, group)
     coded = (codes.float().unflatten(1, (x_scale.shape[1], -1)) * x_scale[..., None]).flatten(1)
     check_product(y, coded, call.dense(), bias, f"groups of {group}")
-    y = kernel(*on_device(x, *stored, scale, bias), None, SMALL)
+    y = kernel(*on_device(x, *stored, scale, bias), None, config=SMALL)
     check_product(y, x, call.dense(), bias, "int8 values, floating-point inputs")
 
 
