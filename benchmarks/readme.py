@@ -75,22 +75,31 @@ def model(record: dict[str, Any]) -> str:
 
 
 def recovery(*records: dict[str, Any]) -> str:
-    """Return what a task's model scored before, compressed and recovered, a row a record."""
+    """Return what a task's model scored before, compressed and recovered: means over seeds.
+
+    The interval is the widest: from the least lower to the greatest upper end.
+    """
     titles = {"r8": "Reuters R8", "retrieval": "retrieval", "exact_match": "exact match"}
-    rows = []
+    by_case: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        original, compressed, recovered = record["rows"]
+        by_case.setdefault(Path(record["file"]).stem.split("_")[1], []).append(record)
+    rows = []
+    for case, seeds in by_case.items():
         for metric, title in titles.items():
-            if metric not in original:
+            if metric not in seeds[0]["rows"][0]:
                 continue
-            scores = [f"{100 * row[metric]:.2f} %" for row in (original, compressed, recovered)]
-            change = recovered[f"{metric}_change"]
-            value, low, high = (100 * change[key] for key in ("value", "low", "high"))
-            size = f"{original['bytes'] / 1e6:.1f} → {recovered['bytes'] / 1e6:.1f}"
+            stages = zip(*(record["rows"] for record in seeds), strict=True)
+            scores = [sum(row[metric] for row in stage) / len(seeds) for stage in stages]
+            changes = [record["rows"][2][f"{metric}_change"] for record in seeds]
+            value = 100 * sum(change["value"] for change in changes) / len(seeds)
+            low = 100 * min(change["low"] for change in changes)
+            high = 100 * max(change["high"] for change in changes)
+            before, _, after = seeds[0]["rows"]
+            size = f"{before['bytes'] / 1e6:.1f} → {after['bytes'] / 1e6:.1f}"
+            shown = [f"{100 * score:.2f} %" for score in scores]
             interval = f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
-            case = Path(record["file"]).stem.split("_")[1]
-            rows.append([f"{_CASES[case]}: {title}", size, *scores, interval])
-    head = ["", "MB", "original", "compressed", "recovered", "points, 95 %"]
+            rows.append([f"{_CASES[case]}: {title}", size, *shown, interval, str(len(seeds))])
+    head = ["", "MB", "original", "compressed", "recovered", "points, 95 %", "seeds"]
     return _table(head, rows)
 
 
