@@ -1,6 +1,7 @@
 // The native CUDA ops; schemas and meanings are in llmq/ops.py.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
@@ -35,5 +36,16 @@ Tensor bitmap_sparse_linear(const Tensor& x, const Tensor& weight, const Tensor&
                             const OptionalTensor& activation_scale);
 Tensor expand_bitmap(const Tensor& weight, const Tensor& weight_bitmask, const Tensor& row_offsets,
                      int64_t N, int64_t K);
+
+// Registers them all: for GPUs, or for the CPU where kernels are emulated.
+template <class Library>
+void register_ops(Library& library) {
+  library.impl("cuda_quantize_activation", TORCH_BOX(&quantize_activation));
+  library.impl("cuda_int8_linear", TORCH_BOX(&int8_linear));
+  library.impl("cuda_weight_only_linear", TORCH_BOX(&weight_only_linear));
+  library.impl("cuda_bitmap_sparse_linear", TORCH_BOX(&bitmap_sparse_linear));
+  library.impl("cuda_semi_structured_linear", TORCH_BOX(&semi_structured_linear));
+  library.impl("cuda_expand_bitmap", TORCH_BOX(&expand_bitmap));
+}
 
 }  // namespace llmq::cuda

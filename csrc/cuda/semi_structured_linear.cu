@@ -103,6 +103,15 @@ LLMQ_PTX void copy_chunk(const SparseGemm& g, int n0, int m0, int chunk, unsigne
   }
 }
 
+// Copies a chunk to its stage as a group of its own; past K an empty one, as waits count groups.
+template <class P>
+LLMQ_PTX void copy_group(const SparseGemm& g, int n0, int m0, int chunk, unsigned char* stages) {
+  if (chunk * kSparseChunk < g.K) {
+    copy_chunk<P>(g, n0, m0, chunk, stages + chunk % P::kStages * P::kStageBytes);
+  }
+  ptx::cp_async_commit();
+}
+
 // A thread, and the first output and token of its warp. Found anew after the loop, too.
 template <class P>
 struct Place {
@@ -147,12 +156,7 @@ __global__ void __launch_bounds__(Plan<kPlan>::kThreads, 256 / Plan<kPlan>::kThr
   const int m0 = static_cast<int>(blockIdx.x) * P::kTokens;
   unsigned char* const stages = ptx::shared_memory();
 
-  const auto copy = [&](int chunk) {
-    if (chunk * kSparseChunk < g.K) {
-      copy_chunk<P>(g, n0, m0, chunk, stages + chunk % kStages * P::kStageBytes);
-    }
-    ptx::cp_async_commit();  // also when empty: waits count groups
-  };
+  const auto copy = [&](int chunk) { copy_group<P>(g, n0, m0, chunk, stages); };
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) copy(i);
 
@@ -227,12 +231,7 @@ __global__ void __launch_bounds__(ptx::kHasWgmma ? Plan<kPlan>::kThreads : 32, 1
     const int m0 = static_cast<int>(blockIdx.x) * P::kTokens;
     unsigned char* const stages = ptx::shared_memory();
 
-    const auto copy = [&](int chunk) {
-      if (chunk * kSparseChunk < g.K) {
-        copy_chunk<P>(g, n0, m0, chunk, stages + chunk % kStages * P::kStageBytes);
-      }
-      ptx::cp_async_commit();  // also when empty: waits count groups
-    };
+    const auto copy = [&](int chunk) { copy_group<P>(g, n0, m0, chunk, stages); };
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) copy(i);
 
