@@ -109,17 +109,10 @@ def _state(case: str, seed: int) -> Path:
     return smollm2.cache_folder() / f"recovery-{case}-{seed}"
 
 
-def _sparse(model: Any, method: str, data: Any) -> Any:
-    """Prune half of the weights of each layer and code the rest by w8a8."""
+def _sparse(model: Any, method: str, data: Any, coding: dict[str, Any] | None = None) -> Any:
+    """Prune half of the weights of each layer and code the rest by w8a8, `coding` says how."""
     llmq.prune(model, 0.5, method=method, data=None if method == "magnitude" else data)
-    return llmq.quantize(model, scheme="w8a8")
-
-
-def _sparse_calibrated(model: Any, method: str, data: list[Any]) -> Any:
-    """Do the same, but code what is left with the first half of the data."""
-    llmq.prune(model, 0.5, method=method, data=None if method == "magnitude" else data)
-    half = data[: len(data) // 2]
-    return llmq.quantize(model, scheme="w8a8", algorithm="smoothquant+gptq", data=half)
+    return llmq.quantize(model, scheme="w8a8", **(coding or {}))
 
 
 def _distilled_encoder(
@@ -241,7 +234,13 @@ def _smollm2_text(tokenizer: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def run_smollm2(args: argparse.Namespace) -> Record:
     """Half of SmolLM2's weights gone and the rest int8, both with calibration; distilled."""
-    return _tuned_smollm2(args, "smollm2", lambda m, data: _sparse_calibrated(m, args.method, data))
+
+    def compress(model: Any, data: list[Any]) -> Any:
+        half = data[: len(data) // 2]
+        coding = {"algorithm": "smoothquant+gptq", "data": half}
+        return _sparse(model, args.method, data, coding)
+
+    return _tuned_smollm2(args, "smollm2", compress)
 
 
 def run_smollm2_original(args: argparse.Namespace) -> Record:

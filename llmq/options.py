@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from llmq import dispatch
 from llmq.candidates import fits, make_layer, parse, seconds_a_call
 from llmq.coded import Coded
-from llmq.nn import LowRankLinear, QuantLinear, SparseLinear, linear_weight
+from llmq.nn import LowRankLinear, QuantLinear, SparseLinear, linear_bytes, linear_weight
 from llmq.sensitivity import Sensitivity, Unit
 from llmq.walk import Target
 
@@ -69,7 +69,7 @@ def measure(
     options: list[list[Option]] = []
     with tqdm(units, desc="plan", unit="unit", delay=1, leave=False) as progress:
         for unit, seconds in zip(progress, times, strict=True):
-            size = sum(_float_bytes(t.module) for t in unit.distinct())
+            size = sum(linear_bytes(t.module) for t in unit.distinct())
             row = [Option(FLOAT, 0.0, seconds[FLOAT], size)]
             for name in formats if unit.calls else ():
                 if not _fit(unit, name) or (parse(name).calibrated and not coded.get(unit, name)):
@@ -146,10 +146,6 @@ def parted(made: list[tuple[Target, nn.Module]]) -> tuple[dict[str, nn.Module], 
 def _bytes(layer: nn.Module) -> int:
     assert isinstance(layer, (QuantLinear, SparseLinear, LowRankLinear))
     return layer.bytes()
-
-
-def _float_bytes(module: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in linear_weight(module) if t is not None)
 
 
 def costs(options: list[list[Option]], minimize: Minimize) -> list[list[float]]:

@@ -26,7 +26,7 @@ from llmq.candidates import make_layer, parse
 from llmq.choice import choose, solve_within
 from llmq.coded import Coded, Made
 from llmq.evaluate import WINDOW, batches_of
-from llmq.nn import CompressedLayer, QuantLinear, linear_weight
+from llmq.nn import CompressedLayer, QuantLinear, linear_bytes, linear_weight
 from llmq.options import (
     EIGHT_BITS,
     FLOAT,
@@ -180,7 +180,7 @@ class Plan:
         changes: dict[str, Change] = {}
         for name, target in targets.items():
             layer = make_layer(target.module, format_, self.moments[titles[name]])
-            weight, size = linear_weight(target.module)[0], _size(target.module)
+            weight, size = linear_weight(target.module)[0], linear_bytes(target.module)
             swap(model, Found(), [(target, layer)])
             error = relative_error(weight, layer.dequantize())
             changes[f"{name}.down"] = Change("low-rank", None, 0)
@@ -198,11 +198,9 @@ class Plan:
             replaced = made.replacement(model, scheme, [present[name] for name in choice.names])
             for target, layer in replaced:
                 if isinstance(layer, QuantLinear):
-                    weight, bias = linear_weight(target.module)
-                    size = sum(
-                        t.numel() * t.element_size() for t in (weight, bias) if t is not None
-                    )
+                    weight = linear_weight(target.module)[0]
                     error = relative_error(weight, made.unscaled(layer.dequantize()))
+                    size = linear_bytes(target.module)
                     changes[target.name] = Change(target.kind, error, size)
             swap(model, Found(), replaced)
         attach(model, changes, {})
@@ -259,10 +257,6 @@ class Plan:
             lines.append(f"bound: {kind} {limit:g}; {self.tries} choices tried")
         lines += [f"left alone: {name}" for name in self.skipped]
         return "\n".join(lines)
-
-
-def _size(module: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in linear_weight(module) if t is not None)
 
 
 def _micro(seconds: tuple[float, ...]) -> str:

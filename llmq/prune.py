@@ -14,7 +14,7 @@ from llmq.algorithms.calibration import Statistics
 from llmq.algorithms.resume import Kept, fingerprint
 from llmq.allocate import allocate
 from llmq.calibrate import calls_of
-from llmq.nn import QuantLinear, SparseLinear, linear_weight
+from llmq.nn import QuantLinear, SparseLinear, linear_bytes, linear_weight
 from llmq.report import Change, attach, few, relative_error
 from llmq.scheme import Pattern, parse_pattern
 from llmq.walk import Target, check_weight, find, swap
@@ -285,6 +285,5 @@ def _change(target: Target, layer: nn.Module) -> Change:
         return Change(
             target.kind, relative_error(module.dequantize(), layer.dequantize()), module.bytes()
         )
-    weight, bias = linear_weight(module)
-    size = sum(t.numel() * t.element_size() for t in (weight, bias) if t is not None)
-    return Change(target.kind, relative_error(weight, layer.dequantize()), size)
+    error = relative_error(linear_weight(module)[0], layer.dequantize())
+    return Change(target.kind, error, linear_bytes(module))

@@ -49,7 +49,7 @@ def test_smollm2_is_judged_before_and_after(method: str) -> None:
 
 
 def test_an_interrupted_case_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    genuine, made = recovery._sparse_calibrated, []
+    genuine, made = recovery._sparse, []
 
     def counted(*args: Any) -> Any:
         made.append(args)
@@ -58,7 +58,7 @@ def test_an_interrupted_case_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recovery, "_sparse_calibrated", counted)
+    monkeypatch.setattr(recovery, "_sparse", counted)
     with monkeypatch.context() as patch:
         patch.setattr(llmq, "fine_tune", stopped)
         with pytest.raises(KeyboardInterrupt):

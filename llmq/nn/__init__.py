@@ -1,7 +1,7 @@
 """Compressed stand-ins for torch.nn layers."""
 
 from llmq import ops as ops  # defines torch.ops.llmq
-from llmq.nn.layer import CompressedLayer, linear_weight
+from llmq.nn.layer import CompressedLayer, linear_bytes, linear_weight
 from llmq.nn.low_rank_linear import LowRankLinear
 from llmq.nn.quant_embedding import QuantEmbedding, embedding_factor
 from llmq.nn.quant_linear import QuantLinear
@@ -16,5 +16,6 @@ __all__ = [
     "SparseLinear",
     "embedding_factor",
     "empty_layer",
+    "linear_bytes",
     "linear_weight",
 ]

@@ -64,6 +64,11 @@ def linear_weight(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     raise TypeError(f"expected nn.Linear or transformers' Conv1D, got {type(linear).__name__}")
 
 
+def linear_bytes(linear: nn.Module) -> int:
+    """Return the bytes of the weight and bias of what `linear_weight` takes."""
+    return sum(t.numel() * t.element_size() for t in linear_weight(linear) if t is not None)
+
+
 def input_scale_of(
     scheme: Scheme | None, given: Tensor | float | None, device: torch.device
 ) -> dict[str, Tensor]:
