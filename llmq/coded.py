@@ -1,9 +1,10 @@
 """Candidates of a plan that are coded with calibration data, kept until the plan has chosen.
 
 Each unit is coded for the inputs that the original model gives it, a block in memory at a time, as
-which formats come before it is not known yet. Scales go into the norm that makes the unit's input
-(SmoothQuant, Xiao et al., arXiv:2211.10438; AWQ, Lin et al., arXiv:2306.00978), which leaves all
-other units as they are: each format of each unit can be tried alone.
+which formats come before it is not known yet. Scales (SmoothQuant, Xiao et al., arXiv:2211.10438;
+AWQ, Lin et al., arXiv:2306.00978) divide what makes the unit's input: a norm, or rows of a linear
+layer. The latter's codes stay as they are, as rows have scales of their own, so that each format of
+each unit can be tried alone and goes with each of another unit.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +26,52 @@ from llmq.algorithms.blockwise import still
 from llmq.algorithms.calibration import Call, Stage, Statistics, gather, stages
 from llmq.algorithms.scaling import Scaling
 from llmq.candidates import Format, fits, parse
+from llmq.integrations.transformers import is_conv1d
 from llmq.nn import QuantLinear, linear_weight
 from llmq.scheme import Scheme
 from llmq.sensitivity import Unit
 from llmq.walk import Target
 
 _SCALE = "scale"
+_DIVISION = "division"
+
+
+class Division(NamedTuple):
+    """What makes a unit's input, divided by the unit's scales.
+
+    Args:
+        writer: name of a norm, or of a linear layer.
+        by: float32, one number for each entry of the norm's weight or each row of the layer's.
+        offset: what the norm adds to its weight.
+    """
+
+    writer: str
+    by: Tensor
+    offset: float = 0.0
+
+    def of(self, writer: nn.Module) -> nn.Module:
+        """Return a divided copy of the norm, `Linear` or `Conv1D`."""
+        divided = copy.copy(writer)
+        divided._parameters = dict(writer._parameters)
+        for name, offset in (("weight", self.offset), ("bias", 0.0)):
+            parameter = writer._parameters.get(name)
+            if parameter is not None:
+                by = self.by.to(parameter.device)
+                if parameter.dim() == 2 and not is_conv1d(writer):
+                    by = by[:, None]
+                value = (parameter.detach().float() + offset) / by - offset
+                changed = nn.Parameter(value.to(parameter.dtype), parameter.requires_grad)
+                divided._parameters[name] = changed
+        return divided
+
+    def target(self, model: nn.Module) -> Target:
+        """Return the writer, and where it stands in `model`."""
+        parent, _, attribute = self.writer.rpartition(".")
+        places = [(model.get_submodule(parent), attribute)]
+        return Target(self.writer, model.get_submodule(self.writer), "writer", places)
+
+
+Divisions = dict[str, Division]  # by the writer's name
 
 
 class Made(NamedTuple):
@@ -39,53 +80,38 @@ class Made(NamedTuple):
     Args:
         tensors: `"LAYER:NAME"` of each layer's canonical storage without bias, and `"scale"`,
             float32 [K], by which the weights were multiplied, if they were.
-        norm: name of the module that divides by the scale; "" if there is none.
-        offset: what that norm adds to its weight.
+        division: by that scale; None if there is none.
     """
 
     tensors: dict[str, Tensor]
-    norm: str = ""
-    offset: float = 0.0
+    division: Division | None = None
 
-    def replacement(
-        self, model: nn.Module, scheme: Scheme, targets: Sequence[Target]
-    ) -> list[tuple[Target, nn.Module]]:
-        """Return the layers in `scheme`, and the norm, with what they replace in `model`."""
-        made: list[tuple[Target, nn.Module]] = []
-        for target in targets:
-            weight, bias = linear_weight(target.module)
-            prefix = f"{target.name}:"
+    def layers(
+        self, scheme: Scheme, linears: dict[str, nn.Module], divisions: Divisions
+    ) -> dict[str, QuantLinear]:
+        """Return the layers in `scheme` in place of `linears`, divided already, by name."""
+        made: dict[str, QuantLinear] = {}
+        for layer, linear in linears.items():
+            weight, bias = linear_weight(linear)
+            prefix = f"{layer}:"
             own = {
                 name.removeprefix(prefix): tensor.to(weight.device)
                 for name, tensor in self.tensors.items()
                 if name.startswith(prefix)
             }
+            if layer in divisions:
+                by = divisions[layer].by.to(weight.device)
+                own["weight_scale"] = own["weight_scale"] / by[:, None]
             if bias is not None:
                 own["bias"] = bias
-            layer = QuantLinear(weight.shape[1], weight.shape[0], scheme, own)
-            made.append((target, layer.train(target.module.training)))
-        if self.norm:
-            parent, _, attribute = self.norm.rpartition(".")
-            norm = model.get_submodule(self.norm)
-            places = [(model.get_submodule(parent), attribute)]
-            made.append((Target(self.norm, norm, "norm", places), self._divided(norm)))
+            coded = QuantLinear(weight.shape[1], weight.shape[0], scheme, own)
+            made[layer] = coded.train(linear.training)
         return made
 
     def unscaled(self, weight: Tensor) -> Tensor:
         """Return a weight [N, K] of the layers' as it was before it was multiplied."""
         scale = self.tensors.get(_SCALE)
         return weight if scale is None else weight / scale.to(weight.device)
-
-    def _divided(self, norm: nn.Module) -> nn.Module:
-        divided = copy.deepcopy(norm)
-        scale = self.tensors[_SCALE]
-        for name, offset in (("weight", self.offset), ("bias", 0.0)):
-            parameter = norm._parameters.get(name)
-            if parameter is not None:
-                value = (parameter.detach().float() + offset) / scale.to(parameter.device) - offset
-                changed = nn.Parameter(value.to(parameter.dtype), parameter.requires_grad)
-                divided._parameters[name] = changed
-        return divided
 
 
 @dataclass
@@ -114,12 +140,19 @@ class Coded:
             made = _load(self._file(*key), self.run)
         return made if made is None or made.tensors else None
 
-    def replacement(self, unit: Unit, name: str) -> list[tuple[Target, nn.Module]]:
-        """Return the layers of `unit` in format `name`, and its norm, with what they replace."""
+    def division(self, unit: Unit, name: str) -> Division | None:
+        """Return what format `name` asks of the maker of the unit's input."""
+        made = self.get(unit, name) if parse(name).calibrated else None
+        return None if made is None else made.division
+
+    def layers(
+        self, unit: Unit, name: str, linears: dict[str, nn.Module], divisions: Divisions
+    ) -> dict[str, QuantLinear]:
+        """Return the layers of `unit` in format `name` in place of `linears`, divided already."""
         made, scheme = self.get(unit, name), parse(name).scheme
         assert made is not None
         assert scheme is not None
-        return made.replacement(self.model, scheme, unit.targets)
+        return made.layers(scheme, linears, divisions)
 
     def calibrate(self, units: list[Unit], formats: Sequence[str], calls: list[Call]) -> None:
         """Code each of `units` in those of `formats` that need data, for inputs from `calls`.
@@ -129,8 +162,8 @@ class Coded:
                 was made of another model or other data.
         """
         wanted = {_key(w): w for f in formats if (w := parse(f)).calibrated}
-        left = [unit for unit in units if unit.calls and len(unit.distinct()) == len(unit.targets)]
-        left = [unit for unit in left if not all(self._has(unit, key) for key in wanted)]
+        own = [unit for unit in units if unit.calls and len(unit.distinct()) == len(unit.targets)]
+        left = [unit for unit in own if not all(self._has(unit, key) for key in wanted)]
         if not left:
             return
         names = {id(module): name for name, module in self.model.named_modules()}
@@ -138,8 +171,10 @@ class Coded:
             for stage in stages(self.model, calls, "plan: calibrate"):
                 inside = [unit for unit in left if _inside(unit, stage.name)]
                 left = [unit for unit in left if unit not in inside]
-                for unit, key, made in _code(stage, inside, wanted, names) if inside else ():
-                    self._put(unit, key, made)
+                writers = [unit for unit in own if _inside(unit, stage.name)] if stage.name else []
+                made = _code(stage, inside, writers, wanted, names) if inside else ()
+                for unit, key, of_unit in made:
+                    self._put(unit, key, of_unit)
                 if not left:
                     return
 
@@ -156,9 +191,12 @@ class Coded:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self._file(unit.name, key)
-        about = {"run": self.run, "norm": made.norm, "offset": made.offset}
-        partial = file.with_suffix(".partial")
+        about: dict[str, Any] = {"run": self.run}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in made.tensors.items()}
+        if made.division is not None:
+            about |= {"writer": made.division.writer, "offset": made.division.offset}
+            tensors[_DIVISION] = made.division.by.cpu().clone()  # may be the scale itself
+        partial = file.with_suffix(".partial")
         save_file(tensors, partial, metadata={"made": json.dumps(about)})
         os.replace(partial, file)
 
@@ -189,7 +227,8 @@ def _load(file: Path, run: str) -> Made:
                 f"another file to resume from"
             )
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    return Made(tensors, about["norm"], about["offset"])
+    by = tensors.pop(_DIVISION, None)
+    return Made(tensors, None if by is None else Division(about["writer"], by, about["offset"]))
 
 
 def _inside(unit: Unit, block: str) -> bool:
@@ -197,26 +236,36 @@ def _inside(unit: Unit, block: str) -> bool:
 
 
 def _code(
-    stage: Stage, units: list[Unit], wanted: dict[str, Format], names: dict[int, str]
+    stage: Stage,
+    units: list[Unit],
+    writers: list[Unit],
+    wanted: dict[str, Format],
+    names: dict[int, str],
 ) -> Iterator[tuple[Unit, str, Made]]:
-    """Give each of a block's units in each of the formats wanted; nothing where one cannot be."""
+    """Give each of a block's units in each of the formats wanted; nothing where one cannot be.
+
+    `writers` are all of the block's units, which may make the inputs of one another.
+    """
     groups = [[target] for unit in units for target in unit.targets]
     scales = any(form.scaling for form in wanted.values())
     gathered = gather(stage, groups, full=True, sample=scales)
     by_name = {group[0].name: stats for group, stats in zip(groups, gathered, strict=True)}
-    folds = folding.find(stage.module, stage.calls[0], groups) if scales and stage.name else []
-    norms = {frozenset(t.name for t in f.readers): f for f in folds if f.rows is None}
+    folds: dict[frozenset[str], folding.Fold] = {}
+    if scales and writers:
+        linears = [[target] for unit in writers for target in unit.targets]
+        for fold in folding.find(stage.module, stage.calls[0], linears):
+            folds.setdefault(frozenset(target.name for target in fold.readers), fold)
     for unit in units:
         statistics = by_name[unit.targets[0].name]
-        fold = norms.get(frozenset(target.name for target in unit.targets))
+        place = folds.get(frozenset(target.name for target in unit.targets))
         shapes = [linear_weight(target.module)[0].shape for target in unit.targets]
         for key, form in wanted.items():
             assert form.scheme is not None
             fitting = all(fits(key, *shape) for shape in shapes)
-            if not fitting or not statistics.rows or (form.scaling and fold is None):
+            if not fitting or not statistics.rows or (form.scaling and place is None):
                 made = Made({})
             else:
-                made = _made(unit, form, statistics, fold if form.scaling else None, names)
+                made = _made(unit, form, statistics, place if form.scaling else None, names)
             yield unit, key, made
 
 
@@ -246,4 +295,6 @@ def _made(
                 tensors[f"{target.name}:{name}"] = tensor
     if fold is None or scale is None:
         return Made(tensors)
-    return Made({**tensors, _SCALE: scale.to(torch.float32)}, names[id(fold.writer)], fold.offset)
+    tensors[_SCALE] = scale.to(torch.float32)
+    by = fold.divisor(tensors[_SCALE])
+    return Made(tensors, Division(names[id(fold.writer)], by, fold.offset))

@@ -13,7 +13,7 @@ from torch import nn
 
 from llmq.algorithms.reconstruct import reconstruct
 from llmq.algorithms.straight_through import Master
-from llmq.losses import Teacher, arguments
+from llmq.losses import Teacher, arguments, unlabelled
 from llmq.nn import QuantLinear, SparseLinear
 from llmq.training import History, Settings, train
 from llmq.walk import find
@@ -159,7 +159,7 @@ def _reconstructed(model: nn.Module, batches: Iterable[Any], teacher: nn.Module 
     calls = []
     for batch in batches:
         args, kwargs, _ = arguments(batch, device)
-        calls.append((args, {n: v for n, v in kwargs.items() if n != "labels" or _seq2seq(model)}))
+        calls.append((args, unlabelled(model, kwargs)))
     layers = [m for m in model.modules() if isinstance(m, (QuantLinear, SparseLinear))]
     if not layers:
         raise ValueError("nothing to reconstruct: no compressed layer")
@@ -171,11 +171,6 @@ def _reconstructed(model: nn.Module, batches: Iterable[Any], teacher: nn.Module 
             layer.load_state_dict(tensors)
         raise
     return History(losses=list(errors.values()), seconds=time.monotonic() - started)
-
-
-def _seq2seq(model: nn.Module) -> bool:
-    # Labels are what a decoder without inputs of its own is fed.
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _trained(

@@ -58,7 +58,7 @@ def loss_of(model: nn.Module, batch: Any, teacher: Teacher | None) -> Tensor:
             )
         return loss
     with torch.no_grad():
-        wanted = teacher.model(*args, **kwargs)
+        wanted = teacher.model(*args, **unlabelled(teacher.model, kwargs))
     total = _distance(output, wanted, kwargs)
     if loss is not None:
         total = (1 - teacher.weight) * loss + teacher.weight * total
@@ -83,6 +83,16 @@ def arguments(
     if isinstance(batch, Tensor):
         kwargs["labels"] = labels
     return args, kwargs, labels if isinstance(batch, (tuple, list)) else None
+
+
+def unlabelled(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments without labels, of which `model` would only make a loss.
+
+    An encoder-decoder makes of them what its decoder reads.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return kwargs
+    return {name: value for name, value in kwargs.items() if name != "labels"}
 
 
 def own_loss(output: Any, targets: Tensor | None) -> Tensor | None:
@@ -121,7 +131,8 @@ def _distance(output: Any, wanted: Any, kwargs: dict[str, Any]) -> Tensor:
     given, asked = given.flatten(0, -2), asked.flatten(0, -2)
     if labels is not None and labels.numel() == given.shape[0]:
         counted = labels.flatten() != _IGNORED  # what pads a batch teaches nothing
-        given, asked = given[counted], asked[counted]
+        if not counted.all():
+            given, asked = given[counted], asked[counted]
     return F.kl_div(
         given.float().log_softmax(-1),
         asked.float().log_softmax(-1),

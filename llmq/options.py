@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,7 +75,7 @@ def measure(
             for name in formats if unit.calls else ():
                 if not _fit(unit, name) or (parse(name).calibrated and not coded.get(unit, name)):
                     continue
-                made = replacement(unit, name, moments, coded)
+                made = replacement([(unit, name)], moments, coded)
                 kl = kept.get(unit, name)
                 if kl is None:
                     kl = sensitivity.kl(*parted(made))
@@ -122,20 +123,32 @@ def _fit(unit: Unit, name: str) -> bool:
     return all(fits(name, *linear_weight(target.module)[0].shape) for target in unit.targets)
 
 
-def unit_layers(unit: Unit, name: str, moments: Moments) -> dict[str, nn.Module]:
-    """Return the unit's layers in format `name`, by target."""
-    own = moments.get(unit.name)
-    return {target.name: make_layer(target.module, name, own) for target in unit.targets}
-
-
 def replacement(
-    unit: Unit, name: str, moments: Moments, coded: Coded
+    taken: list[tuple[Unit, str]], moments: Moments, coded: Coded
 ) -> list[tuple[Target, nn.Module]]:
-    """Return what a unit in format `name` consists of, with what each replaces."""
-    if parse(name).calibrated:
-        return coded.replacement(unit, name)
-    layers = unit_layers(unit, name, moments)
-    return [(target, layers[target.name]) for target in unit.targets]
+    """Return what units in formats consist of, and what makes their inputs where scales divide it,
+    with what each replaces.
+    """
+    found = [coded.division(unit, name) for unit, name in taken]
+    divisions = {division.writer: division for division in found if division is not None}
+    made: list[tuple[Target, nn.Module]] = []
+    left = dict(divisions)
+    for unit, name in taken:
+        linears = {
+            t.name: left.pop(t.name).of(t.module) if t.name in left else t.module
+            for t in unit.targets
+        }
+        layers: Mapping[str, nn.Module]
+        if parse(name).calibrated:
+            layers = coded.layers(unit, name, linears, divisions)
+        else:
+            own = moments.get(unit.name)
+            layers = {layer: make_layer(linear, name, own) for layer, linear in linears.items()}
+        made += [(target, layers[target.name]) for target in unit.targets]
+    for division in left.values():
+        target = division.target(coded.model)
+        made.append((target, division.of(target.module)))
+    return made
 
 
 def parted(made: list[tuple[Target, nn.Module]]) -> tuple[dict[str, nn.Module], list[Target]]:

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from llmq.calibrate import calls_of
 from llmq.candidates import make_layer, parse
 from llmq.choice import choose, solve_within
-from llmq.coded import Coded, Made
+from llmq.coded import Coded, Divisions, Made
 from llmq.evaluate import WINDOW, batches_of
-from llmq.nn import CompressedLayer, QuantLinear, linear_bytes, linear_weight
+from llmq.nn import CompressedLayer, linear_bytes, linear_weight
 from llmq.options import (
     EIGHT_BITS,
     FLOAT,
@@ -155,6 +155,12 @@ class Plan:
         return model
 
     def _apply(self, model: nn.Module, present: dict[str, Target]) -> None:
+        # What scales divide comes first, so that all formats are made of what is divided already.
+        for writer, division in self._divisions().items():
+            target = present.get(writer) or division.target(model)
+            divided = replace(target, module=division.of(target.module))
+            swap(model, Found(), [(target, divided.module)])
+            present = {**present, writer: divided}
         formats = {choice.option.format for choice in self.choices} - {FLOAT}
         factored: set[str] = set()
         for name in sorted(formats, key=lambda name: not parse(name).low_rank):
@@ -174,6 +180,10 @@ class Plan:
                 prune(model, wanted.sparse, skip=skip)
             if wanted.scheme is not None:
                 quantize(model, scheme=wanted.scheme, skip=skip)
+
+    def _divisions(self) -> Divisions:
+        found = [made.division for made in self.coded.values() if made.division is not None]
+        return {division.writer: division for division in found}
 
     def _factor(self, model: nn.Module, format_: str, targets: dict[str, Target]) -> None:
         titles = {name: choice.title for choice in self.choices for name in choice.names}
@@ -195,14 +205,13 @@ class Plan:
             if choice.option.format != format_:
                 continue
             made = self.coded[choice.title]
-            replaced = made.replacement(model, scheme, [present[name] for name in choice.names])
-            for target, layer in replaced:
-                if isinstance(layer, QuantLinear):
-                    weight = linear_weight(target.module)[0]
-                    error = relative_error(weight, made.unscaled(layer.dequantize()))
-                    size = linear_bytes(target.module)
-                    changes[target.name] = Change(target.kind, error, size)
-            swap(model, Found(), replaced)
+            targets = [present[name] for name in choice.names]
+            layers = made.layers(scheme, {t.name: t.module for t in targets}, self._divisions())
+            for target in targets:
+                weight = linear_weight(target.module)[0]
+                error = relative_error(weight, made.unscaled(layers[target.name].dequantize()))
+                changes[target.name] = Change(target.kind, error, linear_bytes(target.module))
+            swap(model, Found(), [(target, layers[target.name]) for target in targets])
         attach(model, changes, {})
 
     def to_json(self) -> str:
@@ -307,8 +316,8 @@ def plan(
             sets no limit. Where the bound leaves no such choice, the bound comes first: compare
             `seconds_after` and `limits`.
         calibration: data for the algorithms, in any form that `llmq.quantize` takes; None for the
-            first half of `data`. Scales are folded into norms only. Each layer is coded for the
-            inputs that the original gives it, a block at a time in memory.
+            first half of `data`. Scales are folded into norms and linear layers. Each layer is
+            coded for the inputs that the original gives it, a block at a time in memory.
         validation: further text that the bound must hold on, as `data`, or several as a dict by
             name: text of another kind than `data` may lose more.
         skip: layers to leave alone, as in `llmq.quantize`.
@@ -377,8 +386,8 @@ def plan(
 
         def changed(choice: list[int]) -> tuple[dict[str, nn.Module], list[Target]]:
             parts = zip(units, options, choice, strict=True)
-            made = (replacement(u, row[i].format, moments, coded) for u, row, i in parts if i)
-            return parted([pair for pairs in made for pair in pairs])
+            taken = [(unit, row[i].format) for unit, row, i in parts if i]
+            return parted(replacement(taken, moments, coded))
 
         checked = choose(model, options, solved, changed, fit, texts, bound)
     finally:

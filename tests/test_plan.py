@@ -49,6 +49,10 @@ def tokens(count: int = 1024, vocabulary: int = 128) -> Tensor:
     return torch.randint(3, vocabulary, (count,), generator=generator(0))
 
 
+def replaced(coded: Coded, taken: list[Any]) -> Any:
+    return planning.parted(planning.replacement(taken, {}, coded))
+
+
 def model(family: str = "llama") -> nn.Module:
     torch.manual_seed(0)
     made = families.CAUSAL[family]().eval()
@@ -167,8 +171,8 @@ def test_kl_with_blocks_replayed_is_that_of_the_whole_model(family: str) -> None
     batch = tokens(48)[None]
     sensitivity = Sensitivity(made, batch)
     for unit in sensitivity.units(find(made, None, embeddings=False).groups):
-        layers = planning.unit_layers(unit, "w4a16-g32", {})
-        found = sensitivity.kl(layers, unit.targets)
+        layers, targets = replaced(Coded(made), [(unit, "w4a16-g32")])
+        found = sensitivity.kl(layers, targets)
         changed = copy.deepcopy(made)
         for name, layer in layers.items():
             parent, _, attribute = name.rpartition(".")
@@ -500,7 +504,6 @@ def test_layers_coded_with_data_are_applied_without(family: str, tmp_path: Path)
     settings: dict[str, Any] = {"max_kl": 0.05, "minimize": "bytes", "no_slower_than": None}
     plan = llmq.plan(made, data, formats=CODED, **settings)
     assert _state(made) == _state(original), "plan changes nothing"
-    assert "smoothquant" not in str({c.option.format for c in plan.choices if "down" in c.title})
     plan.apply(made)
     held = [window[None] for window in data.split(512)[4:]]
     assert plan.measured is not None
@@ -536,16 +539,50 @@ def test_codes_are_those_of_quantize_where_nothing_comes_before() -> None:
     ):
         whole = copy.deepcopy(made)
         llmq.quantize(whole, scheme=scheme, data=windows, algorithm=algorithm)
-        replaced = coded.replacement(units[0], name)
-        assert len(replaced) == 3 + ("smoothquant" in name)
-        for target, layer in replaced:
-            other = whole.get_submodule(target.name)
+        layers, targets = replaced(coded, [(units[0], name)])
+        assert len(layers) == 3 + ("smoothquant" in name)
+        for target in targets:
+            layer, other = layers[target.name], whole.get_submodule(target.name)
             assert type(layer) is type(other)
-            # v_proj's rows take the scales of o_proj there, which a plan leaves alone.
+            # v_proj's rows take the scales of o_proj there, which were not asked for here.
             if not (algorithm == "smoothquant" and target.name.endswith("v_proj")):
                 assert all(torch.equal(a, b) for a, b in _pairs(layer, other)), target.name
-    assert coded.get(units[1], "w8a8 smoothquant") is None, "o_proj reads no norm"
     assert coded.get(units[1], "w4a8-g32 gptq") is not None
+
+
+def test_scales_divide_the_layer_before_whatever_its_format() -> None:
+    made, data = model(), tokens(1024)
+    with torch.no_grad():
+        for layer in made.model.layers:  # outliers in the inputs of down_proj
+            layer.mlp.up_proj.weight[:3] *= 60
+            layer.mlp.down_proj.weight[:, :3] /= 60
+    windows = [window[None] for window in data.split(512)]
+    sensitivity = Sensitivity(made, windows[0])
+    units = sensitivity.units(find(made, None, embeddings=False).groups)
+    gate_up, down = units[2], units[3]
+    assert [len(unit.targets) for unit in (gate_up, down)] == [2, 1]
+    coded = Coded(made)
+    coded.calibrate(units, CODED, calls_of(made, windows))
+    scaled = (down, "w8a8 smoothquant")
+    division = coded.division(*scaled)
+    assert division is not None
+    up = next(t for t in gate_up.targets if t.name == division.writer)
+    assert sensitivity.kl(*replaced(coded, [scaled])) < sensitivity.kl(
+        *replaced(coded, [(down, "w8a8")])
+    )
+    for name in (*FORMATS, *CODED, "low-rank 50 % w8a8"):
+        alone = replaced(coded, [(gate_up, name)])[0][up.name].dequantize()
+        layers, targets = replaced(coded, [scaled, (gate_up, name)])
+        assert len(targets) == len({target.name for target in targets})
+        if "sparse" not in name and "low-rank" not in name:  # what is cut depends on sizes
+            torch.testing.assert_close(
+                layers[up.name].dequantize() * division.by[:, None], alone, rtol=1e-5, atol=1e-6
+            )
+        both = sensitivity.kl(layers, targets)
+        parts = sensitivity.kl(*replaced(coded, [scaled])) + sensitivity.kl(
+            *replaced(coded, [(gate_up, name)])
+        )
+        assert both < 3 * parts
 
 
 def test_scales_keep_what_large_channels_would_cost() -> None:
@@ -563,9 +600,8 @@ def test_scales_keep_what_large_channels_would_cost() -> None:
     coded.calibrate(units, CODED[:1], calls_of(made, [batch]))
     before = copy.deepcopy(made.state_dict())
     for unit in (units[0], units[4]):
-        plain = sensitivity.kl(planning.unit_layers(unit, "w8a8", {}), unit.targets)
-        layers, targets = planning.parted(coded.replacement(unit, "w8a8 smoothquant"))
-        assert sensitivity.kl(layers, targets) < plain / 4
+        plain = sensitivity.kl(*replaced(coded, [(unit, "w8a8")]))
+        assert sensitivity.kl(*replaced(coded, [(unit, "w8a8 smoothquant")])) < plain / 4
     after = made.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before), "the norm is put back"
 

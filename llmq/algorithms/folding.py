@@ -74,28 +74,24 @@ class Fold:
             return scale
         return scale.reshape(self.heads).amax(1, keepdim=True).expand(self.heads).flatten()
 
+    def divisor(self, scale: Tensor) -> Tensor:
+        """Return by what to divide the writer: one number for each entry, or row, that it has."""
+        if self.rows is None:
+            return scale
+        by = scale.new_ones(_outputs(self.writer))
+        by[self.rows] = scale if self.heads is None else scale.view(self.heads)[:, 0].flatten()
+        return by
+
     def apply(self, scale: Tensor, journal: Journal) -> None:
         """Fold scales [K], which `shared` has made, into writer and readers."""
         for target in self.readers:
             by = scale[:, None] if is_conv1d(target.module) else scale
             journal.scale(target.module, "weight", by.mul)
-        if self.rows is None:
-            offset = self.offset
-            journal.scale(self.writer, "weight", lambda w: (w + offset) / scale - offset)
-            journal.scale(self.writer, "bias", lambda bias: bias / scale)
-            return
-        rows = self.rows
-        if self.heads is not None:
-            scale = scale.reshape(self.heads)[:, 0].flatten()
-
-        def divided(value: Tensor) -> Tensor:
-            value = value.clone()
-            value[rows] /= scale.reshape(-1, *[1] * (value.dim() - 1))
-            return value
-
-        transposed = is_conv1d(self.writer)
-        journal.scale(self.writer, "weight", lambda w: divided(w.T).T if transposed else divided(w))
-        journal.scale(self.writer, "bias", divided)
+        offset, by = self.offset, self.divisor(scale)
+        column = self.rows is not None and not is_conv1d(self.writer)
+        each = by[:, None] if column else by
+        journal.scale(self.writer, "weight", lambda w: (w + offset) / each - offset)
+        journal.scale(self.writer, "bias", lambda bias: bias / by)
 
 
 def find(block: nn.Module, call: Call, groups: list[list[Target]]) -> list[Fold]:
