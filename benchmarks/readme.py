@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks import algorithms, compare, results
@@ -89,9 +90,9 @@ def recovery(*records: dict[str, Any]) -> str:
             if metric not in seeds[0]["rows"][0]:
                 continue
             stages = zip(*(record["rows"] for record in seeds), strict=True)
-            scores = [sum(row[metric] for row in stage) / len(seeds) for stage in stages]
+            scores = [fmean(row[metric] for row in stage) for stage in stages]
             changes = [record["rows"][2][f"{metric}_change"] for record in seeds]
-            value = 100 * sum(change["value"] for change in changes) / len(seeds)
+            value = 100 * fmean(change["value"] for change in changes)
             low = 100 * min(change["low"] for change in changes)
             high = 100 * max(change["high"] for change in changes)
             before, _, after = seeds[0]["rows"]
@@ -104,30 +105,39 @@ def recovery(*records: dict[str, Any]) -> str:
 
 
 def smollm2(*records: dict[str, Any]) -> str:
-    """Return perplexity and KL before and after training, a row each of a record; and losses."""
+    """Return perplexity and KL before and after training, and losses: means over a case's seeds.
+
+    The interval is the widest: from the least lower to the greatest upper end.
+    """
     texts = ("documentation", "articles")
     names = {"smollm2": "50 % sparse w8a8", "smollm2-original": "the original"}
-    rows, curves = [], []
+    by_case: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         case = Path(record["file"]).stem.split("_", 1)[1].rpartition("_")[0].replace("_", "-")
-        for row in record["rows"]:
-            done = f"{row['steps']} steps" if "steps" in row else "as it was"
-            cells = [f"{names[case]}, {done}", f"{row['bytes'] / 1e6:.1f}"]
+        by_case.setdefault(case, []).append(record)
+    rows, curves = [], []
+    for case, seeds in by_case.items():
+        for stage in zip(*(record["rows"] for record in seeds), strict=True):
+            first = stage[0]
+            done = f"{first['steps']} steps" if "steps" in first else "as it was"
+            cells = [f"{names[case]}, {done}", f"{first['bytes'] / 1e6:.1f}"]
             for text in texts:
-                found = row[text]
-                change = found["change"]
-                value, low, high = (100 * change[key] for key in ("value", "low", "high"))
-                cells.append(f"{found['perplexity']:.2f}")
-                cells.append(f"{value:+.0f} % [{low:+.0f}, {high:+.0f}]")
-                cells.append(f"{found['kl']:.3f}")
-            rows.append(cells)
-            if "validation" in row:
-                steps = ", ".join(f"{loss:.3f} after {step}" for step, loss in row["validation"])
-                curves.append(f"Validation loss of {names[case]}, by steps: {steps}.")
+                changes = [row[text]["change"] for row in stage]
+                low, high = min(c["low"] for c in changes), max(c["high"] for c in changes)
+                value = fmean(change["value"] for change in changes)
+                cells.append(f"{fmean(row[text]['perplexity'] for row in stage):.2f}")
+                cells.append(f"{100 * value:+.0f} % [{100 * low:+.0f}, {100 * high:+.0f}]")
+                cells.append(f"{fmean(row[text]['kl'] for row in stage):.3f}")
+            rows.append([*cells, str(len(seeds))])
+            if "validation" in first:
+                points = zip(*(row["validation"] for row in stage), strict=True)
+                steps = [(at[0][0], fmean(loss for _, loss in at)) for at in points]
+                curve = ", ".join(f"{loss:.3f} after {step}" for step, loss in steps)
+                curves.append(f"Validation loss of {names[case]}, by steps: {curve}.")
     head = ["", "MB"]
     for text in texts:
         head += [text, "to float32, 95 %", "KL"]
-    return "\n\n".join([_table(head, rows), *curves])
+    return "\n\n".join([_table([*head, "seeds"], rows), *curves])
 
 
 def plan(record: dict[str, Any]) -> str:

@@ -49,16 +49,16 @@ def test_smollm2_is_judged_before_and_after(method: str) -> None:
 
 
 def test_an_interrupted_case_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    genuine, made = recovery._sparse, []
+    genuine, made = llmq.prune, []
 
-    def counted(*args: Any) -> Any:
+    def counted(*args: Any, **kwargs: Any) -> Any:
         made.append(args)
-        return genuine(*args)
+        return genuine(*args, **kwargs)
 
     def stopped(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recovery, "_sparse", counted)
+    monkeypatch.setattr(llmq, "prune", counted)
     with monkeypatch.context() as patch:
         patch.setattr(llmq, "fine_tune", stopped)
         with pytest.raises(KeyboardInterrupt):
