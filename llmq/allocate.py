@@ -30,7 +30,7 @@ from llmq.algorithms.blockwise import still
 from llmq.algorithms.calibration import Call
 from llmq.algorithms.slicing import dense_weight
 from llmq.nn import SparseLinear
-from llmq.options import Measured, fingerprint
+from llmq.options import Measured, run_of
 from llmq.scheme import Pattern
 from llmq.sensitivity import Sensitivity, Unit
 from llmq.walk import Target
@@ -76,7 +76,7 @@ def allocate(
             probes.append(Sensitivity(model, call, headless=True))
     units = [unit for unit in probes[0].units(groups) if unit.calls]
     file = None if resume is None else Path(resume) / "sensitivities.json"
-    kept = Measured(file, "" if file is None else fingerprint(model, calls[: len(probes)], units))
+    kept = Measured(file, "" if file is None else run_of(model, calls[: len(probes)], units))
     squares = _squares(model, calls, units) if wanda else {}
     tasks = [_Task.of(unit, squares.get(unit.name), pattern, rate) for unit in units]
     for task in tqdm(tasks, desc="allocate", unit="unit", delay=1, leave=False):

@@ -138,6 +138,7 @@ def _compress(args: argparse.Namespace) -> None:
     import llmq
     from llmq.integrations import directory
     from llmq.integrations.models import LLMQ_MARKER, open_model
+    from llmq.scheme import resolve_scheme
 
     planned = args.max_ppl_increase is not None or args.max_kl is not None
     if planned and (args.scheme is not None or args.prune is not None):
@@ -168,7 +169,10 @@ def _compress(args: argparse.Namespace) -> None:
             prunes["data"] = windows
             if args.pattern not in ("structured", "layers"):
                 prunes["resume"] = keep("prune")
-        static = args.scheme is not None and args.scheme.endswith("-static")
+        static = (
+            args.scheme not in (None, "none")
+            and resolve_scheme(args.scheme).activations == "static"
+        )
         if args.algorithm != "rtn" or static:
             quantizes |= {"data": windows, "resume": keep("quantize")}
         if planned:

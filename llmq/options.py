@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 from llmq import dispatch
 from llmq.candidates import fits, make_layer, parse, seconds_a_call
 from llmq.coded import Coded
+from llmq.fingerprint import fingerprint
 from llmq.nn import LowRankLinear, QuantLinear, SparseLinear, linear_bytes, linear_weight
 from llmq.sensitivity import Sensitivity, Unit
 from llmq.walk import Target
@@ -216,8 +216,8 @@ class Measured:
 
     Args:
         file: to keep them in, or None.
-        key: `fingerprint` of the model and the text that KL is measured on.
-        run: `fingerprint` of the model and the data that formats are calibrated on.
+        key: `run_of` the model and the text that KL is measured on.
+        run: `run_of` the model and the data that formats are calibrated on.
     """
 
     def __init__(self, file: str | os.PathLike[str] | None, key: str, run: str = "") -> None:
@@ -271,25 +271,6 @@ class Measured:
             os.replace(partial, self.file)
 
 
-def fingerprint(model: nn.Module, data: Any, units: list[Unit]) -> str:
+def run_of(model: nn.Module, data: Any, units: list[Unit]) -> str:
     """Return what tells a model, data and units from others."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        total = float(parameter.detach().double().sum())
-        digest.update(f"{name} {list(parameter.shape)} {total}".encode())
-    _digest(data, digest)
-    digest.update(" ".join(unit.name for unit in units).encode())
-    return digest.hexdigest()
-
-
-def _digest(value: Any, digest: Any) -> None:
-    if isinstance(value, Tensor):
-        digest.update(repr((value.dtype, value.shape, value.flatten().tolist())).encode())
-    elif isinstance(value, (tuple, list)):
-        for entry in value:
-            _digest(entry, digest)
-    elif hasattr(value, "items"):
-        for name, entry in value.items():
-            _digest((name, entry), digest)
-    else:
-        digest.update(repr(value).encode())
+    return fingerprint(model.named_parameters(), data, [unit.name for unit in units])

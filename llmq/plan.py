@@ -35,10 +35,10 @@ from llmq.options import (
     Moments,
     Option,
     costs,
-    fingerprint,
     measure,
     parted,
     replacement,
+    run_of,
     total_seconds,
     uniform_seconds,
 )
@@ -366,8 +366,8 @@ def plan(
         if any(form.calibrated for form in wanted):
             calls = calls_of(model, fit if calibration is None else calibration)
             folder = None if resume is None else Path(f"{os.fspath(resume)}.coded")
-            coded = Coded(model, fingerprint(model, calls, units), folder)
-        key = "" if resume is None else fingerprint(model, probe, units)
+            coded = Coded(model, run_of(model, calls, units), folder)
+        key = "" if resume is None else run_of(model, probe, units)
         kept = Measured(resume, key, coded.run)
         if coded.run:
             coded.calibrate(units, formats, calls)

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from llmq.algorithms import blockwise, depth, magnitude, sparsegpt, structured, surgeon, wanda
 from llmq.algorithms.calibration import Statistics
-from llmq.algorithms.resume import Kept, fingerprint
+from llmq.algorithms.resume import Kept, run_of
 from llmq.allocate import allocate
 from llmq.calibrate import calls_of
 from llmq.nn import QuantLinear, SparseLinear, linear_bytes, linear_weight
@@ -101,7 +101,7 @@ def prune(
     kept = None
     if resume is not None and calls is not None:
         options = f"prune {rate} {parsed.name} {method}" + f" {allocation}" * (not uniform)
-        kept = Kept(resume, fingerprint(options, found.groups, calls))
+        kept = Kept(resume, run_of(options, found.groups, calls))
     rates = {target.name: rate for group in found.groups for target in group}
     if not uniform and calls is not None:
         scaled = method != "magnitude"

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from llmq import dispatch
 from llmq.algorithms import blockwise, rounding, static_scale
 from llmq.algorithms.calibration import Statistics
-from llmq.algorithms.resume import Kept, fingerprint
+from llmq.algorithms.resume import Kept, run_of
 from llmq.algorithms.scaling import SCALINGS, Scaling
 from llmq.algorithms.slicing import dense_weight
 from llmq.calibrate import calls_of
@@ -117,7 +117,7 @@ def quantize(
         scaled = None if scaling is None else Scaling(scaling, schemes)
         kept = None
         if resume is not None:
-            kept = Kept(resume, fingerprint(f"quantize {schemes} {algorithm}", found.groups, calls))
+            kept = Kept(resume, run_of(f"quantize {schemes} {algorithm}", found.groups, calls))
         done = blockwise.compress(
             model,
             found,

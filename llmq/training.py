@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -21,11 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from llmq.blocks import blocks, running
+from llmq.fingerprint import fingerprint
 from llmq.losses import Teacher, loss_of
 
 _WARMUP = 0.05  # of all steps
 _SAVE_EVERY = 60.0  # seconds between two states on disk
-_SAMPLE = 4096  # numbers of a parameter that tell one training from another
 
 
 @dataclass
@@ -239,16 +238,6 @@ class Best:
             parameter.copy_(value)
 
 
-def _digest(parameters: list[nn.Parameter]) -> str:
-    """Return a hash of some numbers of each parameter, which tells a model from others."""
-    digest = hashlib.sha256()
-    for parameter in parameters:
-        values = parameter.detach().flatten()
-        some = values[:: max(1, values.numel() // _SAMPLE)].float().cpu()
-        digest.update(f"{list(parameter.shape)}".encode() + some.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 class _State:
     """The state of an interrupted training, one safetensors file that replaces itself whole."""
 
@@ -260,7 +249,7 @@ class _State:
             "lr": settings.lr,
             "accumulate": settings.accumulate,
             "dtype": str(settings.dtype),
-            "start": _digest(parameters),
+            "start": fingerprint((str(i), p) for i, p in enumerate(parameters)),
         }
 
     def save(

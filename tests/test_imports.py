@@ -22,7 +22,7 @@ MODULES = {
 # From bottom to top; a module may import from its own line and those above it here. A package's
 # name stands for all of its modules that no other line names.
 ORDER = (
-    ("scheme", "intervals"),
+    ("fingerprint", "intervals", "scheme"),
     ("formats", "extension"),
     ("dispatch",),
     ("gpu",),

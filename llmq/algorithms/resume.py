@@ -6,10 +6,9 @@ scales were folded into; its metadata says what the layers are, and which run th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from llmq.algorithms.calibration import Call
 from llmq.algorithms.folding import Journal
+from llmq.fingerprint import fingerprint
 from llmq.nn import CompressedLayer, empty_layer
 from llmq.walk import Target
 
@@ -37,7 +37,7 @@ class Kept:
 
     Args:
         directory: is made if it is not there.
-        run: what tells this run from others: `fingerprint`.
+        run: what tells this run from others: `run_of`.
 
     Raises:
         ValueError: if the directory holds another run.
@@ -116,34 +116,20 @@ class Kept:
         os.replace(partial, file)
 
 
-def fingerprint(options: str, groups: list[list[Target]], calls: list[Call]) -> str:
-    """Return a hash of what decides the result: options, weights (by their sums) and data."""
-    digest = hashlib.sha256(options.encode())
-    for group in groups:
-        module: Any = group[0].module
-        compressed = isinstance(group[0].module, CompressedLayer)
-        weight = module.dequantize() if compressed else module.weight.detach()
-        total = float(weight.double().sum())
-        digest.update(f"{group[0].name} {list(weight.shape)} {total!r}\n".encode())
-    for tensor in _tensors(calls):
-        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().float().numpy().tobytes())
-    return digest.hexdigest()
+def run_of(options: str, groups: list[list[Target]], calls: list[Call]) -> str:
+    """Return what tells a run from others: options, the layers' weights, and data."""
+    weights = ((group[0].name, _weight(group[0].module)) for group in groups)
+    return fingerprint(weights, options, calls)
+
+
+def _weight(module: Any) -> Tensor:
+    compressed = isinstance(module, CompressedLayer)
+    weight: Tensor = module.dequantize() if compressed else module.weight.detach()
+    return weight
 
 
 def _constant(value: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda _: value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for entry in value.values():
-            yield from _tensors(entry)
-    elif isinstance(value, (tuple, list)):
-        for entry in value:
-            yield from _tensors(entry)
 
 
 def _metadata(file: Path) -> dict[str, str]:
