@@ -34,17 +34,9 @@ from llmq.evaluate import model_bytes
 from llmq.integrations import smollm2
 from llmq.integrations.transformers import accelerate
 from llmq.intervals import Interval
-from llmq.plan import FORMATS
 from llmq.student import make_student
 
 Record = dict[str, Any]
-# Formats that SmolLM2's plan is offered beside those that need no data.
-PLAN_CALIBRATED = (
-    "w8a8 smoothquant",
-    "w8a8-g64 smoothquant",
-    "w4a8-g32 gptq",
-    "w4a8-g64 gptq",
-)
 
 
 def minilm() -> tuple[Any, Any]:
@@ -329,7 +321,6 @@ def run_plan(args: argparse.Namespace) -> Record:
             training[:8192],
             max_kl=0.01,
             minimize="bytes",
-            formats=(*FORMATS, *PLAN_CALIBRATED),
             calibration=torch.cat([windows[32:40], windows[-64:-56]]),
             validation={"articles": windows[-48:]},
             resume=folder / "measured.json",

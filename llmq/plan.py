@@ -52,7 +52,8 @@ from llmq.walk import Found, Target, check_weight, find, swap
 FORMATS = ("w8a8", "w8a8-g64", "w8a16", "w4a8-g32", "w4a16-g32")
 # And what data can make of them.
 CALIBRATED = (
-    "w8a8 smoothquant",  # 8-bit weights lose next to nothing, so that GPTQ would win little
+    "w8a8 smoothquant+gptq",
+    "w8a8-g64 smoothquant+gptq",
     "w4a8-g32 gptq",
     "w4a8-g64 gptq",
     "w4a16-g32 gptq",

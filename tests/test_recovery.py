@@ -196,6 +196,18 @@ def test_the_loss_is_the_sum_of_its_parts() -> None:
         assert float(loss_of(teacher, batch, Teacher(teacher, 1.0, 1.0))) == pytest.approx(0)
 
 
+@pytest.mark.parametrize("seq2seq", [False, True])
+def test_a_teacher_has_labels_only_where_its_decoder_reads_them(seq2seq: bool) -> None:
+    teacher = families.SEQ2SEQ["t5"]().eval() if seq2seq else llama()
+    student, seen = copy.deepcopy(teacher), []
+    teacher.register_forward_pre_hook(
+        lambda _m, _a, kwargs: seen.append({*kwargs}), with_kwargs=True
+    )
+    batch = {"input_ids": ids(4), "labels": ids(4, 1)}
+    loss_of(student, batch, Teacher(teacher))
+    assert ["labels" in names for names in seen] == [seq2seq]
+
+
 def test_padding_teaches_nothing() -> None:
     torch.manual_seed(0)
     teacher, student = (families.SEQ2SEQ["t5"]().eval() for _ in range(2))
