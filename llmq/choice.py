@@ -7,9 +7,10 @@ budget the whole choice takes is measured, as single changes add up but nearly.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +23,10 @@ from llmq.walk import Target
 
 _STEPS = 1 << 14  # of the budget that `solve` tells apart
 _DEAREST = 1e3  # price of time, in costs of the whole model, above which a limit is out of reach
+_PAIRS = 256  # changes that are tried at once with each of the others
+_LEAST = 0.01  # share of what is left, below which a change counts as taking that much
 _ROUNDS = 8  # whole choices tried on the text that is measured on
+_AGAIN = 2  # checks, after one that held, of whether more would hold too
 _MARGIN = 0.7  # of the bound, aimed at by the mean: its upper end, and other text, take the rest
 
 
@@ -64,8 +68,8 @@ def solve_within(
     """Choose as `solve` does, with Σ seconds for each count of tokens within `limits`.
 
     By Lagrange multipliers (the same book, section 11.2): time past a limit gets a price, the
-    least at which the choice is within; then single units change, the most gained for what is left
-    first, as prices alone move units that are alike together. If no price is enough, as the budget
+    least at which the choice is within; then single units change, and pairs of units, as prices
+    alone move units that are alike together. If no price is enough, as the budget
     of KL needs slower formats, it stays at the highest.
     """
     prices = [0.0] * len(limits)
@@ -89,7 +93,7 @@ def solve_within(
         for i in range(len(limits)):
             if past(i, choice) and prices[i] < _DEAREST:
                 choice = _priced(prices, i, choose, functools.partial(past, i))
-    return _filled(options, costs, budget, limits, choice) if limits else choice
+    return _exchanged(options, costs, budget, limits, choice) if limits else choice
 
 
 def _priced(
@@ -111,39 +115,45 @@ def _priced(
     return choice
 
 
-def _filled(
+def _exchanged(
     options: list[list[Option]],
     costs: list[list[float]],
     budget: float,
     limits: list[float],
     choice: list[int],
 ) -> list[int]:
-    """Change formats of single units while that costs less and keeps the budget and limits."""
-    choice = list(choice)
+    """Change formats of one unit, or of two, while that costs less and keeps budget and limits.
 
-    def used(option: Option) -> tuple[float, ...]:
-        return (option.kl, *option.seconds)
-
+    The most gained for what is left of the scarcest goes first. Two at a time, as prices leave
+    little of one thing but more of another: a slower format here for a smaller one there.
+    """
+    bounds = torch.tensor([budget, *limits], dtype=torch.float64).clamp_min(1e-300)
+    unit = torch.tensor([u for u, row in enumerate(options) for _ in row] + [len(options)])
+    # The last unit has one option, which takes nothing: the partner of a single change.
+    cost = torch.tensor([c for row in costs for c in row] + [0.0], dtype=torch.float64)
+    spent = [[option.kl, *option.seconds][: len(bounds)] for row in options for option in row]
+    used = torch.tensor([*spent, [0.0] * len(bounds)], dtype=torch.float64) / bounds
+    starts = [0, *itertools.accumulate(len(row) for row in options)]
+    taken = torch.tensor([*(at + i for at, i in zip(starts, choice, strict=False)), starts[-1]])
     while True:
-        taken = [used(row[j]) for row, j in zip(options, choice, strict=True)]
-        spent = [sum(each) for each in zip(*taken, strict=True)]
-        left = [limit - each for limit, each in zip((budget, *limits), spent, strict=False)]
-        best, change = 0.0, None
-        for u, (row, cost) in enumerate(zip(options, costs, strict=True)):
-            for j, option in enumerate(row):
-                gain = cost[choice[u]] - cost[j]
-                more = [a - b for a, b in zip(used(option), taken[u], strict=True)]
-                share = max(
-                    m / free if m > 0 and free > 0 else math.inf if m > 0 else 0.0
-                    for m, free in zip(more, left, strict=True)
-                )
-                if gain <= 1e-12 or share > 1:
-                    continue
-                if gain / max(share, 1e-9) > best:
-                    best, change = gain / max(share, 1e-9), (u, j)
-        if change is None:
-            return choice
-        choice[change[0]] = change[1]
+        left = (1 - used[taken].sum(0)).clamp_min(1e-12)
+        gains, more = cost[taken][unit] - cost, (used - used[taken][unit]) / left
+        best, pair = 0.0, None
+        for part in torch.arange(len(unit)).split(_PAIRS):
+            gain = gains[part, None] + gains
+            share = torch.zeros_like(gain)
+            for each in more.T:
+                share = torch.maximum(share, each[part, None] + each)
+            possible = (gain > 1e-12) & (share <= 1 + 1e-12) & (unit[part, None] != unit)
+            worth = torch.where(possible, gain / share.clamp_min(_LEAST), 0.0)
+            if worth.numel() and float(worth.max()) > best:
+                best = float(worth.max())
+                a, b = divmod(int(worth.argmax()), len(unit))
+                pair = (int(part[a]), b)
+        if pair is None:
+            return [int(at) - start for at, start in zip(taken[:-1], starts, strict=False)]
+        for at in pair:
+            taken[unit[at]] = at
 
 
 @dataclass
@@ -158,6 +168,7 @@ class Checked:
 def choose(
     model: nn.Module,
     options: list[list[Option]],
+    costs: list[list[float]],
     solved: Callable[[float], list[int]],
     changed: Callable[[list[int]], tuple[dict[str, nn.Module], list[Target]]],
     fit: list[Any],
@@ -181,23 +192,41 @@ def choose(
         tries += 1
         return loss(distance(model, fit, *changed(choice)), certain=False)
 
-    budget = _largest(solved, _MARGIN * limit, whole)
-    choice = solved(budget)
-    while any(choice):
+    def checked(choice: list[int]) -> tuple[dict[str, Distance], float]:
+        nonlocal tries
         tries += 1
-        distances: dict[str, Distance] = {}
-        worst = 0.0
-        for name, batches in texts.items():
-            distances[name] = distance(model, batches, *changed(choice))
-            worst = max(worst, loss(distances[name], certain=True))
+        found = {name: distance(model, text, *changed(choice)) for name, text in texts.items()}
+        return found, max(loss(each, certain=True) for each in found.values())
+
+    def cost(choice: list[int]) -> float:
+        return sum(row[i] for row, i in zip(costs, choice, strict=True))
+
+    kept = Checked([0] * len(options), {}, 0)
+    failed: list[list[int]] = []
+    low, budget, high = 0.0, _largest(solved, _MARGIN * limit, whole), math.inf
+    while True:
+        choice = solved(budget)
+        if not any(choice) or choice == kept.choice:
+            break
+        if choice in failed:
+            budget *= 0.9
+            continue
+        distances, worst = checked(choice)
         if worst <= limit:
-            return Checked(choice, distances, tries)
-        # Other text is harder, or less sure: back off by as much, and a little more.
-        failed = choice
-        budget = min(budget, _spent(options, choice)) * 0.95 * limit / worst
-        while any(choice) and choice == failed:
-            choice, budget = solved(budget), 0.9 * budget
-    return Checked(choice, {}, tries)
+            low = budget
+            if not any(kept.choice) or cost(choice) < cost(kept.choice):
+                kept = Checked(choice, distances, tries)
+        else:
+            failed.append(choice)
+            high = min(budget, _spent(options, choice))
+        if not any(kept.choice):
+            # Other text is harder, or less sure: back off by as much, and a little more.
+            budget = 0.95 * high * limit / worst
+            continue
+        budget = math.sqrt(low * high) if failed else low * limit / worst
+        if budget < 1.02 * low or tries >= kept.tries + _AGAIN:
+            break
+    return replace(kept, tries=tries)
 
 
 def _largest(

@@ -85,7 +85,7 @@ class Plan:
         bound: what must hold: `"KL"` or `"perplexity"`, and the number.
         measured: on text that had no part in the choice; None if everything was left alone.
         tokens: of the calls whose time was measured.
-        tries: whole choices that were measured, the last of which held.
+        tries: whole choices that were measured.
         limits: seconds that the layers were to take at most in one pass, for each of `tokens`.
         validated: what `measured` is, on each further text.
         coded: what data made of the units that become calibrated formats, by title.
@@ -390,7 +390,7 @@ def plan(
             taken = [(unit, row[i].format) for unit, row, i in parts if i]
             return parted(replacement(taken, moments, coded))
 
-        checked = choose(model, options, solved, changed, fit, texts, bound)
+        checked = choose(model, options, cost, solved, changed, fit, texts, bound)
     finally:
         if device is not None:
             model.to(home)
