@@ -26,7 +26,7 @@ _DEAREST = 1e3  # price of time, in costs of the whole model, above which a limi
 _PAIRS = 256  # changes that are tried at once with each of the others
 _LEAST = 0.01  # share of what is left, below which a change counts as taking that much
 _ROUNDS = 8  # whole choices tried on the text that is measured on
-_AGAIN = 2  # checks, after one that held, of whether more would hold too
+_AGAIN = 2  # checks, after the first that held, of whether more would hold too
 _MARGIN = 0.7  # of the bound, aimed at by the mean: its upper end, and other text, take the rest
 
 
@@ -204,7 +204,8 @@ def choose(
     kept = Checked([0] * len(options), {}, 0)
     failed: list[list[int]] = []
     low, budget, high = 0.0, _largest(solved, _MARGIN * limit, whole), math.inf
-    while True:
+    again = -1  # checks after the first that held
+    while again < _AGAIN:
         choice = solved(budget)
         if not any(choice) or choice == kept.choice:
             break
@@ -223,8 +224,9 @@ def choose(
             # Other text is harder, or less sure: back off by as much, and a little more.
             budget = 0.95 * high * limit / worst
             continue
-        budget = math.sqrt(low * high) if failed else low * limit / worst
-        if budget < 1.02 * low or tries >= kept.tries + _AGAIN:
+        again += 1
+        budget = math.sqrt(low * high) if failed else low * limit / max(worst, 1e-12)
+        if budget < 1.02 * low:
             break
     return replace(kept, tries=tries)
 

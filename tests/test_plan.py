@@ -23,7 +23,7 @@ from llmq.choice import solve
 from llmq.coded import Coded
 from llmq.nn import QuantLinear, SparseLinear
 from llmq.options import Option
-from llmq.sensitivity import Sensitivity, distance
+from llmq.sensitivity import Distance, Sensitivity, distance
 from llmq.walk import find
 from tests import families
 from tests.helpers import assert_raises, generator, seeds
@@ -277,6 +277,35 @@ def test_backs_off_where_held_out_text_is_harder(monkeypatch: pytest.MonkeyPatch
     assert hard.measured.kl <= 0.01
     assert hard.bytes_after > easy.bytes_after
     assert asked.count(511) >= 2, "the first choice failed"
+
+
+def test_after_backing_off_it_looks_for_what_still_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [[Option("float", 0.0, (), 2), Option("w8a8", 0.01, (), 1)] for _ in range(100)]
+    costs = [[float(option.bytes) for option in row] for row in rows]
+    spent: list[float] = []
+
+    def loss(_model: Any, text: list[str], choice: list[int], _targets: Any) -> Distance:
+        kl = sum(choice) / 100
+        if text == ["held"]:  # where the whole loses much more than its parts, beyond 0.6
+            spent.append(kl)
+            kl = (kl / 0.6) ** 4
+        return Distance(kl, None, 1, {})
+
+    monkeypatch.setattr(choosing, "distance", loss)
+    checked = choosing.choose(
+        nn.Module(),
+        rows,
+        costs,
+        lambda budget: solve(rows, costs, budget),
+        lambda choice: (choice, []),  # type: ignore[arg-type, return-value]
+        ["fit"],
+        {"": ["held"]},
+        ("KL", 1.0),
+    )
+    assert spent[0] > 0.6 > spent[1], "the first choice failed, the second held"
+    assert len(spent) == 4
+    assert sum(checked.choice) / 100 == max(each for each in spent if each <= 0.6) > 0.55
+    assert checked.distances[""].kl <= 1
 
 
 def test_leaves_alone_what_cannot_keep_the_bound() -> None:
