@@ -219,14 +219,19 @@ def run_t5(args: argparse.Namespace) -> Record:
     return {"rows": rows, "words": len(held_out), "method": args.method}
 
 
-def _smollm2_text(tokenizer: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (documentation to judge on, articles to judge on, training) token ids: disjoint."""
+def _smollm2_text(tokenizer: Any, more: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (documentation to judge on, articles to judge on, training) token ids: disjoint.
+
+    `more` tokens of further articles come after the 4096 that are judged on.
+    """
     from llmq.demo import text_tokens
 
     judged, documentation = text_tokens(tokenizer)
-    articles = tokenizer("\n\n".join(corpora.summaries()[:4000]), verbose=False)["input_ids"]
-    ids = torch.tensor(articles)
-    return judged, ids[:4096], torch.cat([documentation, ids[4096:]])
+    summaries = corpora.summaries()
+    parts = ("\n\n".join(summaries[:4000]), "\n\n".join(summaries[4000:5000]))
+    ids, further = (torch.tensor(tokenizer(p, verbose=False)["input_ids"]) for p in parts)
+    articles = torch.cat([ids[:4096], further[:more]])
+    return judged, articles, torch.cat([documentation, ids[4096:]])
 
 
 def run_smollm2(args: argparse.Namespace) -> Record:
@@ -309,7 +314,7 @@ def run_plan(args: argparse.Namespace) -> Record:
     windows of either; judged on others of both.
     """
     original, tokenizer = smollm2.load()
-    documentation, articles, training = _smollm2_text(tokenizer)
+    documentation, articles, training = _smollm2_text(tokenizer, 12288)  # 8 windows vary too much
     held = {"documentation": documentation, "articles": articles}
     folder = _state("plan", args.seed)
     folder.mkdir(parents=True, exist_ok=True)

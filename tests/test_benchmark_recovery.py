@@ -32,7 +32,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     texts = tuple(torch.randint(3, 128, (n,), generator=g) for n in (1100, 1100, 256 * 140))
     monkeypatch.setattr(recovery.smollm2, "load", lambda: (copy.deepcopy(model), None))
     monkeypatch.setattr(recovery.smollm2, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(recovery, "_smollm2_text", lambda tokenizer: texts)
+    monkeypatch.setattr(recovery, "_smollm2_text", lambda tokenizer, more=0: texts)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
