@@ -24,6 +24,7 @@ from llmq.walk import Target
 _STEPS = 1 << 14  # of the budget that `solve` tells apart
 _DEAREST = 1e3  # price of time, in costs of the whole model, above which a limit is out of reach
 _PAIRS = 256  # changes that are tried at once with each of the others
+_SINGLY = 1 << 13  # changes beyond which pairs would take minutes: the experts of a large model
 _LEAST = 0.01  # share of what is left, below which a change counts as taking that much
 _ROUNDS = 8  # whole choices tried on the text that is measured on
 _AGAIN = 2  # checks, after the first that held, of whether more would hold too
@@ -135,21 +136,23 @@ def _exchanged(
     used = torch.tensor([*spent, [0.0] * len(bounds)], dtype=torch.float64) / bounds
     starts = [0, *itertools.accumulate(len(row) for row in options)]
     taken = torch.tensor([*(at + i for at, i in zip(starts, choice, strict=False)), starts[-1]])
+    every = torch.arange(len(unit))
+    others = every if len(every) <= _SINGLY else every[-1:]
     while True:
         left = (1 - used[taken].sum(0)).clamp_min(1e-12)
         gains, more = cost[taken][unit] - cost, (used - used[taken][unit]) / left
         best, pair = 0.0, None
-        for part in torch.arange(len(unit)).split(_PAIRS):
-            gain = gains[part, None] + gains
+        for part in every.split(_PAIRS):
+            gain = gains[part, None] + gains[others]
             share = torch.zeros_like(gain)
             for each in more.T:
-                share = torch.maximum(share, each[part, None] + each)
-            possible = (gain > 1e-12) & (share <= 1 + 1e-12) & (unit[part, None] != unit)
+                share = torch.maximum(share, each[part, None] + each[others])
+            possible = (gain > 1e-12) & (share <= 1 + 1e-12) & (unit[part, None] != unit[others])
             worth = torch.where(possible, gain / share.clamp_min(_LEAST), 0.0)
-            if worth.numel() and float(worth.max()) > best:
+            if float(worth.max()) > best:
                 best = float(worth.max())
-                a, b = divmod(int(worth.argmax()), len(unit))
-                pair = (int(part[a]), b)
+                a, b = divmod(int(worth.argmax()), len(others))
+                pair = (int(part[a]), int(others[b]))
         if pair is None:
             return [int(at) - start for at, start in zip(taken[:-1], starts, strict=False)]
         for at in pair:

@@ -465,6 +465,14 @@ def test_a_choice_within_limits_cannot_be_bettered_in_one_unit_or_two(seed: int)
         assert taken <= max(limits[m], least + 1e-3)
 
 
+def test_single_units_change_where_pairs_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing, "_SINGLY", 0)
+    rows = [[Option("float", 0.0, (2.0,), 2), Option("w8a8", 1e-3, (1.0,), 1)] for _ in range(5)]
+    costs = [[2.0, 1.0]] * 5
+    assert choosing._exchanged(rows, costs, 1.0, [10.0], [0] * 5) == [1] * 5
+    assert sum(choosing._exchanged(rows, costs, 2.5e-3, [10.0], [0] * 5)) == 2
+
+
 def test_units_that_are_alike_share_what_time_is_left() -> None:
     fast, small = (1.0, 2.0), (0.5, 5.0)
     rows = [
