@@ -273,7 +273,7 @@ def test_compress_calibrates(
     status, _, err = run(capsys, "compress", original, "-o", tmp_path / "planned", *bound)
     assert status == 0 and "bound: KL 0.05" in err
     measured = json.loads((kept / "plan.json").read_text())["kl"]
-    assert any(" smoothquant " in name for name in measured)
+    assert any(" smoothquant+gptq " in name for name in measured)
     text_of_few = tmp_path / "few.txt"
     text_of_few.write_text("few words")
     few = ("--algorithm", "gptq", "--calibrate", text_of_few)
