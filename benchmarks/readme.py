@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -81,20 +81,15 @@ def recovery(*records: dict[str, Any]) -> str:
     The interval is the widest: from the least lower to the greatest upper end.
     """
     titles = {"r8": "Reuters R8", "retrieval": "retrieval", "exact_match": "exact match"}
-    by_case: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        by_case.setdefault(Path(record["file"]).stem.split("_")[1], []).append(record)
     rows = []
-    for case, seeds in by_case.items():
+    for case, seeds in _by_case(records).items():
         for metric, title in titles.items():
             if metric not in seeds[0]["rows"][0]:
                 continue
             stages = zip(*(record["rows"] for record in seeds), strict=True)
             scores = [fmean(row[metric] for row in stage) for stage in stages]
             changes = [record["rows"][2][f"{metric}_change"] for record in seeds]
-            value = 100 * fmean(change["value"] for change in changes)
-            low = 100 * min(change["low"] for change in changes)
-            high = 100 * max(change["high"] for change in changes)
+            value, low, high = _widest(changes)
             before, _, after = seeds[0]["rows"]
             size = f"{before['bytes'] / 1e6:.1f} → {after['bytes'] / 1e6:.1f}"
             shown = [f"{100 * score:.2f} %" for score in scores]
@@ -111,22 +106,16 @@ def smollm2(*records: dict[str, Any]) -> str:
     """
     texts = ("documentation", "articles")
     names = {"smollm2": "50 % sparse w8a8", "smollm2-original": "the original"}
-    by_case: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        case = Path(record["file"]).stem.split("_", 1)[1].rpartition("_")[0].replace("_", "-")
-        by_case.setdefault(case, []).append(record)
     rows, curves = [], []
-    for case, seeds in by_case.items():
+    for case, seeds in _by_case(records).items():
         for stage in zip(*(record["rows"] for record in seeds), strict=True):
             first = stage[0]
             done = f"{first['steps']} steps" if "steps" in first else "as it was"
             cells = [f"{names[case]}, {done}", f"{first['bytes'] / 1e6:.1f}"]
             for text in texts:
-                changes = [row[text]["change"] for row in stage]
-                low, high = min(c["low"] for c in changes), max(c["high"] for c in changes)
-                value = fmean(change["value"] for change in changes)
+                value, low, high = _widest([row[text]["change"] for row in stage])
                 cells.append(f"{fmean(row[text]['perplexity'] for row in stage):.2f}")
-                cells.append(f"{100 * value:+.0f} % [{100 * low:+.0f}, {100 * high:+.0f}]")
+                cells.append(f"{value:+.0f} % [{low:+.0f}, {high:+.0f}]")
                 cells.append(f"{fmean(row[text]['kl'] for row in stage):.3f}")
             rows.append([*cells, str(len(seeds))])
             if "validation" in first:
@@ -138,6 +127,23 @@ def smollm2(*records: dict[str, Any]) -> str:
     for text in texts:
         head += [text, "to float32, 95 %", "KL"]
     return "\n\n".join([_table([*head, "seeds"], rows), *curves])
+
+
+def _by_case(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return records of `benchmarks.recovery`, one a seed, by the case that their files name."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        case = Path(record["file"]).stem.split("_", 1)[1].rpartition("_")[0].replace("_", "-")
+        found.setdefault(case, []).append(record)
+    return found
+
+
+def _widest(changes: list[dict[str, Any]]) -> tuple[float, float, float]:
+    """Return in percent the mean of values, the least lower and the greatest upper end."""
+    value, low, high = (
+        [100 * change[key] for change in changes] for key in ("value", "low", "high")
+    )
+    return fmean(value), min(low), max(high)
 
 
 def plan(record: dict[str, Any]) -> str:

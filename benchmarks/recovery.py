@@ -226,11 +226,15 @@ def _smollm2_text(tokenizer: Any, more: int = 0) -> tuple[Tensor, Tensor, Tensor
     """
     from llmq.demo import text_tokens
 
+    def tokens(articles: list[str]) -> Tensor:
+        return torch.tensor(tokenizer("\n\n".join(articles), verbose=False)["input_ids"])
+
     judged, documentation = text_tokens(tokenizer)
     summaries = corpora.summaries()
-    parts = ("\n\n".join(summaries[:4000]), "\n\n".join(summaries[4000:5000]))
-    ids, further = (torch.tensor(tokenizer(p, verbose=False)["input_ids"]) for p in parts)
-    articles = torch.cat([ids[:4096], further[:more]])
+    ids = tokens(summaries[:4000])
+    articles = ids[:4096]
+    if more:
+        articles = torch.cat([articles, tokens(summaries[4000:5000])[:more]])
     return judged, articles, torch.cat([documentation, ids[4096:]])
 
 
@@ -340,8 +344,8 @@ def run_plan(args: argparse.Namespace) -> Record:
         if not file.exists():
             row: Record = {"name": name, "bytes": model_bytes(model)}
             # The report leaves out layers that stay as they were; uniform formats have none.
-            after = record if name == "plan" else {"bytes_after": model.llmq_report.bytes_after}
-            row["linear_share"] = after["bytes_after"] / record["bytes_before"]
+            after = record["bytes_after"] if name == "plan" else model.llmq_report.bytes_after
+            row["linear_share"] = after / record["bytes_before"]
             for text, ids in held.items():
                 found = llmq.compare(original, model, ids).intervals
                 row[text] = {what: _change(found[what]) for what in ("kl", "perplexity")}

@@ -184,33 +184,26 @@ def cases(arch: int, quick: bool) -> Iterator[Case]:
         for config in tiles("block_sparse_gemm"):
             x = _x(tokens(config))
             launch = functools.partial(
-                block_sparse_gemm.block_sparse_linear, x, *blocks, scale, None, group, None, config
+                block_sparse_gemm.block_sparse_linear, x, *blocks, scale, None, group, config=config
             )
             expect = _instruction(arch, config, group is not None)
             yield Case(f"block_sparse {form}", config, launch, expect)
             if group is None:
                 wide = _x(tokens(config), torch.float32)
                 launch = functools.partial(
-                    block_sparse_gemm.block_sparse_linear,
-                    wide,
-                    *blocks,
-                    scale,
-                    None,
-                    None,
-                    None,
-                    config,
+                    block_sparse_gemm.block_sparse_linear, wide, *blocks, scale, config=config
                 )
                 yield Case("block_sparse float32", config, launch, f"{expect}|HMMA")
         for config in tiles("bitmap_gemm"):
             x = _x(tokens(config))
             launch = functools.partial(
-                bitmap_gemm.bitmap_sparse_linear, x, *bits_, scale, None, group, None, config
+                bitmap_gemm.bitmap_sparse_linear, x, *bits_, scale, None, group, config=config
             )
             expect = _instruction(arch, config, group is not None)
             yield Case(f"bitmap {form}", config, launch, expect)
             pairs = (weight[:, : K // 2].contiguous(), torch.zeros(N, K // 8, dtype=torch.uint8))
             launch = functools.partial(
-                bitmap_gemm.semi_structured_linear, x, *pairs, scale, None, group, None, config
+                bitmap_gemm.semi_structured_linear, x, *pairs, scale, None, group, config=config
             )
             yield Case(f"2:4 {form}", config, launch, expect)
 

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,8 +70,8 @@ def solve_within(
 
     By Lagrange multipliers (the same book, section 11.2): time past a limit gets a price, the
     least at which the choice is within; then single units change, and pairs of units, as prices
-    alone move units that are alike together. If no price is enough, as the budget
-    of KL needs slower formats, it stays at the highest.
+    alone move units that are alike together. If no price is enough, as the budget of KL needs
+    slower formats, it stays at the highest.
     """
     prices = [0.0] * len(limits)
 
@@ -132,7 +132,7 @@ def _exchanged(
     unit = torch.tensor([u for u, row in enumerate(options) for _ in row] + [len(options)])
     # The last unit has one option, which takes nothing: the partner of a single change.
     cost = torch.tensor([c for row in costs for c in row] + [0.0], dtype=torch.float64)
-    spent = [[option.kl, *option.seconds][: len(bounds)] for row in options for option in row]
+    spent = [[option.kl, *option.seconds] for row in options for option in row]
     used = torch.tensor([*spent, [0.0] * len(bounds)], dtype=torch.float64) / bounds
     starts = [0, *itertools.accumulate(len(row) for row in options)]
     taken = torch.tensor([*(at + i for at, i in zip(starts, choice, strict=False)), starts[-1]])
@@ -198,32 +198,33 @@ def choose(
     def checked(choice: list[int]) -> tuple[dict[str, Distance], float]:
         nonlocal tries
         tries += 1
-        found = {name: distance(model, text, *changed(choice)) for name, text in texts.items()}
+        made = changed(choice)
+        found = {name: distance(model, text, *made) for name, text in texts.items()}
         return found, max(loss(each, certain=True) for each in found.values())
 
     def cost(choice: list[int]) -> float:
         return sum(row[i] for row, i in zip(costs, choice, strict=True))
 
-    kept = Checked([0] * len(options), {}, 0)
+    kept, distances = [0] * len(options), dict[str, Distance]()
     failed: list[list[int]] = []
     low, budget, high = 0.0, _largest(solved, _MARGIN * limit, whole), math.inf
     again = -1  # checks after the first that held
     while again < _AGAIN:
         choice = solved(budget)
-        if not any(choice) or choice == kept.choice:
+        if not any(choice) or choice == kept:
             break
         if choice in failed:
             budget *= 0.9
             continue
-        distances, worst = checked(choice)
+        found, worst = checked(choice)
         if worst <= limit:
             low = budget
-            if not any(kept.choice) or cost(choice) < cost(kept.choice):
-                kept = Checked(choice, distances, tries)
+            if not any(kept) or cost(choice) < cost(kept):
+                kept, distances = choice, found
         else:
             failed.append(choice)
             high = min(budget, _spent(options, choice))
-        if not any(kept.choice):
+        if not any(kept):
             # Other text is harder, or less sure: back off by as much, and a little more.
             budget = 0.95 * high * limit / worst
             continue
@@ -231,7 +232,7 @@ def choose(
         budget = math.sqrt(low * high) if failed else low * limit / max(worst, 1e-12)
         if budget < 1.02 * low:
             break
-    return replace(kept, tries=tries)
+    return Checked(kept, distances, tries)
 
 
 def _largest(

@@ -13,7 +13,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,9 +26,7 @@ from llmq.algorithms.blockwise import still
 from llmq.algorithms.calibration import Call, Stage, Statistics, gather, stages
 from llmq.algorithms.scaling import Scaling
 from llmq.candidates import Format, fits, parse
-from llmq.integrations.transformers import is_conv1d
 from llmq.nn import QuantLinear, linear_weight
-from llmq.scheme import Scheme
 from llmq.sensitivity import Unit
 from llmq.walk import Target
 
@@ -51,18 +49,16 @@ class Division(NamedTuple):
 
     def of(self, writer: nn.Module) -> nn.Module:
         """Return a divided copy of the norm, `Linear` or `Conv1D`."""
-        divided = copy.copy(writer)
-        divided._parameters = dict(writer._parameters)
+        made = copy.copy(writer)
+        made._parameters = dict(writer._parameters)
         for name, offset in (("weight", self.offset), ("bias", 0.0)):
             parameter = writer._parameters.get(name)
             if parameter is not None:
                 by = self.by.to(parameter.device)
-                if parameter.dim() == 2 and not is_conv1d(writer):
-                    by = by[:, None]
-                value = (parameter.detach().float() + offset) / by - offset
+                value = folding.divided(writer, parameter.detach().float(), by, offset)
                 changed = nn.Parameter(value.to(parameter.dtype), parameter.requires_grad)
-                divided._parameters[name] = changed
-        return divided
+                made._parameters[name] = changed
+        return made
 
     def target(self, model: nn.Module) -> Target:
         """Return the writer, and where it stands in `model`."""
@@ -87,9 +83,11 @@ class Made(NamedTuple):
     division: Division | None = None
 
     def layers(
-        self, scheme: Scheme, linears: dict[str, nn.Module], divisions: Divisions
+        self, name: str, linears: dict[str, nn.Module], divisions: Divisions
     ) -> dict[str, QuantLinear]:
-        """Return the layers in `scheme` in place of `linears`, divided already, by name."""
+        """Return the layers in format `name` in place of `linears`, divided already, by name."""
+        scheme = parse(name).scheme
+        assert scheme is not None
         made: dict[str, QuantLinear] = {}
         for layer, linear in linears.items():
             weight, bias = linear_weight(linear)
@@ -112,6 +110,12 @@ class Made(NamedTuple):
         """Return a weight [N, K] of the layers' as it was before it was multiplied."""
         scale = self.tensors.get(_SCALE)
         return weight if scale is None else weight / scale.to(weight.device)
+
+
+def divisions_of(made: Iterable[Made | None]) -> Divisions:
+    """Return what units, if data made them, ask of the makers of their inputs."""
+    found = [each.division for each in made if each is not None and each.division is not None]
+    return {division.writer: division for division in found}
 
 
 @dataclass
@@ -140,20 +144,6 @@ class Coded:
             made = _load(self._file(*key), self.run)
         return made if made is None or made.tensors else None
 
-    def division(self, unit: Unit, name: str) -> Division | None:
-        """Return what format `name` asks of the maker of the unit's input."""
-        made = self.get(unit, name) if parse(name).calibrated else None
-        return None if made is None else made.division
-
-    def layers(
-        self, unit: Unit, name: str, linears: dict[str, nn.Module], divisions: Divisions
-    ) -> dict[str, QuantLinear]:
-        """Return the layers of `unit` in format `name` in place of `linears`, divided already."""
-        made, scheme = self.get(unit, name), parse(name).scheme
-        assert made is not None
-        assert scheme is not None
-        return made.layers(scheme, linears, divisions)
-
     def calibrate(self, units: list[Unit], formats: Sequence[str], calls: list[Call]) -> None:
         """Code each of `units` in those of `formats` that need data, for inputs from `calls`.
 
@@ -171,10 +161,10 @@ class Coded:
             for stage in stages(self.model, calls, "plan: calibrate"):
                 inside = [unit for unit in left if _inside(unit, stage.name)]
                 left = [unit for unit in left if unit not in inside]
-                writers = [unit for unit in own if _inside(unit, stage.name)] if stage.name else []
-                made = _code(stage, inside, writers, wanted, names) if inside else ()
-                for unit, key, of_unit in made:
-                    self._put(unit, key, of_unit)
+                writers = [unit for unit in own if _inside(unit, stage.name)]
+                candidates = _code(stage, inside, writers, wanted, names) if inside else ()
+                for unit, key, made in candidates:
+                    self._put(unit, key, made)
                 if not left:
                     return
 
@@ -251,7 +241,7 @@ def _code(
     gathered = gather(stage, groups, full=True, sample=scales)
     by_name = {group[0].name: stats for group, stats in zip(groups, gathered, strict=True)}
     folds: dict[frozenset[str], folding.Fold] = {}
-    if scales and writers:
+    if scales and stage.name:
         linears = [[target] for unit in writers for target in unit.targets]
         for fold in folding.find(stage.module, stage.calls[0], linears):
             folds.setdefault(frozenset(target.name for target in fold.readers), fold)

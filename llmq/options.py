@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from llmq import dispatch
 from llmq.candidates import fits, make_layer, parse, seconds_a_call
-from llmq.coded import Coded
+from llmq.coded import Coded, divisions_of
 from llmq.fingerprint import fingerprint
 from llmq.nn import LowRankLinear, QuantLinear, SparseLinear, linear_bytes, linear_weight
 from llmq.sensitivity import Sensitivity, Unit
@@ -129,18 +129,18 @@ def replacement(
     """Return what units in formats consist of, and what makes their inputs where scales divide it,
     with what each replaces.
     """
-    found = [coded.division(unit, name) for unit, name in taken]
-    divisions = {division.writer: division for division in found if division is not None}
+    found = [coded.get(unit, name) if parse(name).calibrated else None for unit, name in taken]
+    divisions = divisions_of(found)
     made: list[tuple[Target, nn.Module]] = []
     left = dict(divisions)
-    for unit, name in taken:
+    for (unit, name), from_data in zip(taken, found, strict=True):
         linears = {
             t.name: left.pop(t.name).of(t.module) if t.name in left else t.module
             for t in unit.targets
         }
         layers: Mapping[str, nn.Module]
-        if parse(name).calibrated:
-            layers = coded.layers(unit, name, linears, divisions)
+        if from_data is not None:
+            layers = from_data.layers(name, linears, divisions)
         else:
             own = moments.get(unit.name)
             layers = {layer: make_layer(linear, name, own) for layer, linear in linears.items()}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from llmq.calibrate import calls_of
 from llmq.candidates import make_layer, parse
 from llmq.choice import choose, solve_within
-from llmq.coded import Coded, Divisions, Made
+from llmq.coded import Coded, Divisions, Made, divisions_of
 from llmq.evaluate import WINDOW, batches_of
 from llmq.nn import CompressedLayer, linear_bytes, linear_weight
 from llmq.options import (
@@ -157,7 +157,8 @@ class Plan:
 
     def _apply(self, model: nn.Module, present: dict[str, Target]) -> None:
         # What scales divide comes first, so that all formats are made of what is divided already.
-        for writer, division in self._divisions().items():
+        divisions = divisions_of(self.coded.values())
+        for writer, division in divisions.items():
             target = present.get(writer) or division.target(model)
             divided = replace(target, module=division.of(target.module))
             swap(model, Found(), [(target, divided.module)])
@@ -172,7 +173,7 @@ class Plan:
                 factored |= taken
                 continue
             if wanted.calibrated:
-                self._place(model, name, present)
+                self._place(model, name, present, divisions)
                 continue
             # As shell patterns, which name one layer and nothing inside or outside of it.
             skip = tuple(f"[{n[0]}]{glob.escape(n[1:])}" for n in present.keys() - taken)
@@ -181,10 +182,6 @@ class Plan:
                 prune(model, wanted.sparse, skip=skip)
             if wanted.scheme is not None:
                 quantize(model, scheme=wanted.scheme, skip=skip)
-
-    def _divisions(self) -> Divisions:
-        found = [made.division for made in self.coded.values() if made.division is not None]
-        return {division.writer: division for division in found}
 
     def _factor(self, model: nn.Module, format_: str, targets: dict[str, Target]) -> None:
         titles = {name: choice.title for choice in self.choices for name in choice.names}
@@ -198,16 +195,16 @@ class Plan:
             changes[f"{name}.up"] = Change("low-rank", error, size)
         attach(model, changes, {})
 
-    def _place(self, model: nn.Module, format_: str, present: dict[str, Target]) -> None:
-        scheme = parse(format_).scheme
-        assert scheme is not None
+    def _place(
+        self, model: nn.Module, format_: str, present: dict[str, Target], divisions: Divisions
+    ) -> None:
         changes: dict[str, Change] = {}
         for choice in self.choices:
             if choice.option.format != format_:
                 continue
             made = self.coded[choice.title]
             targets = [present[name] for name in choice.names]
-            layers = made.layers(scheme, {t.name: t.module for t in targets}, self._divisions())
+            layers = made.layers(format_, {t.name: t.module for t in targets}, divisions)
             for target in targets:
                 weight = linear_weight(target.module)[0]
                 error = relative_error(weight, made.unscaled(layers[target.name].dequantize()))

@@ -601,7 +601,9 @@ def test_scales_divide_the_layer_before_whatever_its_format() -> None:
     coded = Coded(made)
     coded.calibrate(units, CODED, calls_of(made, windows))
     scaled = (down, "w8a8 smoothquant")
-    division = coded.division(*scaled)
+    from_data = coded.get(*scaled)
+    assert from_data is not None
+    division = from_data.division
     assert division is not None
     up = next(t for t in gate_up.targets if t.name == division.writer)
     assert sensitivity.kl(*replaced(coded, [scaled])) < sensitivity.kl(

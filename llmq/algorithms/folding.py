@@ -87,11 +87,19 @@ class Fold:
         for target in self.readers:
             by = scale[:, None] if is_conv1d(target.module) else scale
             journal.scale(target.module, "weight", by.mul)
-        offset, by = self.offset, self.divisor(scale)
-        column = self.rows is not None and not is_conv1d(self.writer)
-        each = by[:, None] if column else by
-        journal.scale(self.writer, "weight", lambda w: (w + offset) / each - offset)
-        journal.scale(self.writer, "bias", lambda bias: bias / by)
+        writer, by = self.writer, self.divisor(scale)
+        journal.scale(writer, "weight", lambda weight: divided(writer, weight, by, self.offset))
+        journal.scale(writer, "bias", lambda bias: divided(writer, bias, by))
+
+
+def divided(writer: nn.Module, value: Tensor, by: Tensor, offset: float = 0.0) -> Tensor:
+    """Return the weight or bias of a norm or linear layer, each entry or row divided by its own.
+
+    `offset` is what a norm adds to its weight.
+    """
+    if value.dim() == 2 and not is_conv1d(writer):
+        by = by[:, None]
+    return (value + offset) / by - offset
 
 
 def find(block: nn.Module, call: Call, groups: list[list[Target]]) -> list[Fold]:
