@@ -39,12 +39,12 @@ sanitize: $(VENV)/installed
 	    $(PY) setup.py -q build_ext --build-lib build/sanitize/lib
 	LLMQ_LIBRARY=build/sanitize/_C.abi3.so ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	    $(PY) -m pytest $(PYTEST_FLAGS) tests/test_cpu_*.py tests/test_fuzz_ops.py
+	    $(PY) -m pytest $(PYTEST_FLAGS) tests/cpu/*.py tests/ops/test_fuzz_ops.py
 
 # The CUDA kernels for every GPU that the package is built for; `make test` takes two of them.
 cuda-archs: $(VENV)/installed
 	LLMQ_CUDA_ARCHS="sm_80 sm_86 sm_89 sm_90a sm_100a sm_120a" \
-	    $(PY) -m pytest $(PYTEST_FLAGS) tests/test_cuda_build.py -k compiles_without
+	    $(PY) -m pytest $(PYTEST_FLAGS) tests/cuda/test_build.py -k compiles_without
 
 bench: $(VENV)/built
 	$(PY) -m llmq.cli bench linear

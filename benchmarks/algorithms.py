@@ -24,9 +24,8 @@ from torch import Tensor
 import llmq
 from benchmarks import results
 from benchmarks.recovery import minilm
-from llmq import bench
-from llmq.algorithms import depth
-from llmq.integrations import smollm2
+from llmq.commands import bench, smollm2
+from llmq.pruning import depth
 from llmq.scheme import resolve_scheme
 
 WINDOW, JUDGED, APART, WINDOWS = 512, 4096, 4096, 16

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from benchmarks import ceilings, results
 from benchmarks.peers import PEERS, missing
-from llmq import bench
+from llmq.commands import bench
 
 SHAPES = bench.SHAPES
 TOKENS = (1, 4, 16, 64, 256, 1024)

@@ -20,8 +20,7 @@ import torch
 import llmq
 from benchmarks import results
 from benchmarks.algorithms import calibration, smollm2_text
-from llmq import bench
-from llmq.integrations import smollm2
+from llmq.commands import bench, smollm2
 
 
 def measure(group: int, seed: int, order: str) -> dict[str, Any]:

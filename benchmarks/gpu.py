@@ -52,7 +52,7 @@ _prepare()
 import torch  # noqa: E402
 
 from benchmarks import gpu_model, gpu_peers, gpu_timing  # noqa: E402
-from llmq import dispatch  # noqa: E402
+from llmq.runtime import dispatch  # noqa: E402
 
 # (N, K): Llama-2-7B, Llama-3-8B, Llama-3-70B, BERT-large.
 SHAPES = (
@@ -125,7 +125,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def build(run: Run) -> dict[str, Any]:
     """Build the native extension where it is missing and can be; without it Triton runs alone."""
-    from llmq import extension
+    from llmq.runtime import extension
 
     if extension.load().loaded or run.args.dry_run or shutil.which("nvcc") is None:
         return {"loaded": str(extension.load().path), "nvcc": shutil.which("nvcc")}
@@ -145,11 +145,11 @@ def build(run: Run) -> dict[str, Any]:
 
 def tests(run: Run) -> dict[str, Any]:
     """Run the GPU tests in several processes, as compiling kernels takes most of the time."""
-    files = sorted(str(f.relative_to(ROOT)) for f in (ROOT / "tests").glob("test_triton_*.py"))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    tests_of_gpus = ("tests/triton", "tests/runtime/test_gpu.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests_of_gpus]
     # A plain pytest will do: without plugins its options of ours are unknown.
     command += ["-o", "addopts=--import-mode=importlib"]
-    command += ["--collect-only"] if run.args.dry_run else [*files, "--maxfail=20"]
+    command += ["--collect-only"] if run.args.dry_run else ["--maxfail=20"]
     shards = 1 if run.args.dry_run else max(1, min(12, (os.cpu_count() or 2) - 2))
     running = []
     for shard in range(shards):

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmq.algorithms import magnitude
 from llmq.nn import QuantLinear, SparseLinear
+from llmq.pruning import magnitude
 from llmq.scheme import parse_pattern
 
 _ROTATED = 200e6  # bytes of weights among which calls rotate: several L2 caches

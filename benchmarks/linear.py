@@ -10,7 +10,7 @@ import argparse
 import torch
 
 from benchmarks import results
-from llmq import bench
+from llmq.commands import bench
 
 
 def main() -> None:

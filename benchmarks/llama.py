@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from llmq.integrations import smollm2
+from llmq.commands import smollm2
 
 FORMATS = ("F16", "Q8_0", "Q4_0")
 

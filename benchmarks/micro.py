@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from benchmarks.peers import PEERS
-from llmq import bench
+from llmq.commands import bench
 
 SHAPES = ((576, 576), (1536, 576), (768, 3072), (4096, 4096))
 TOKENS = (1, 16, 256)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmq import candidates
+from llmq.planner import layer_format
 
 # What runs a layer once: from float32 x [M, K] to anything.
 Call = Callable[[Tensor], Any]
@@ -178,7 +178,7 @@ def _openvino(linear: nn.Linear, threads: int) -> Call:
 
 
 def _llmq(scheme: str) -> Callable[[nn.Linear, int], Call]:
-    return lambda linear, threads: candidates.make_layer(linear, scheme)
+    return lambda linear, threads: layer_format.make_layer(linear, scheme)
 
 
 PEERS: dict[str, Peer] = {
@@ -225,7 +225,7 @@ def serve(name: str, threads: int) -> None:
                 if "prepare" in request:
                     N, K = request["prepare"]
                     torch.manual_seed(0)
-                    count = candidates.copies(N * K * peer.bits / 8)
+                    count = layer_format.copies(N * K * peer.bits / 8)
                     layers.clear()
                     inputs.clear()
                     layers += [peer.make(nn.Linear(K, N).eval(), threads) for _ in range(count)]

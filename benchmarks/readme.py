@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks import algorithms, compare, results
 from benchmarks.peers import PEERS
-from llmq import demo
+from llmq.commands import demo
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -29,12 +29,12 @@ from torch import Tensor
 
 import llmq
 from benchmarks import corpora, results, t5_cmudict, tasks
-from llmq import bench, intervals
-from llmq.evaluate import model_bytes
-from llmq.integrations import smollm2
-from llmq.integrations.transformers import accelerate
-from llmq.intervals import Interval
-from llmq.student import make_student
+from llmq.commands import bench, smollm2
+from llmq.evaluation import intervals
+from llmq.evaluation.evaluate import model_bytes
+from llmq.evaluation.intervals import Interval
+from llmq.models.transformers import accelerate
+from llmq.pruning.student import make_student
 
 Record = dict[str, Any]
 
@@ -224,7 +224,7 @@ def _smollm2_text(tokenizer: Any, more: int = 0) -> tuple[Tensor, Tensor, Tensor
 
     `more` tokens of further articles come after the 4096 that are judged on.
     """
-    from llmq.demo import text_tokens
+    from llmq.commands.demo import text_tokens
 
     def tokens(articles: list[str]) -> Tensor:
         return torch.tensor(tokenizer("\n\n".join(articles), verbose=False)["input_ids"])

@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 
 import llmq
 from benchmarks import results
-from llmq.bench import machine
-from llmq.integrations.smollm2 import cache_folder
+from llmq.commands.bench import machine
+from llmq.commands.smollm2 import cache_folder
 
 PAD, END = 0, 1
 LETTERS = "'abcdefghijklmnopqrstuvwxyz"

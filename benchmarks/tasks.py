@@ -1,7 +1,7 @@
 """What an encoder's embeddings are good for: telling classes apart, and finding texts again.
 
 Each gives one outcome a test example (1 right, 0 wrong), so that two models are compared example by
-example (`llmq/intervals.py`).
+example (`llmq/evaluation/intervals.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmq.evaluate import inference, progress
+from llmq.evaluation.evaluate import inference, progress
 
 _DECAY = 1e-4  # of the logistic regression, on normalized inputs
 

@@ -1,4 +1,4 @@
-// Registers the native implementations; schemas live in llmq/ops.py.
+// Registers the native implementations; schemas live in llmq/ops/define.py.
 #include "cpu/ops.h"
 
 #include <torch/csrc/stable/library.h>

@@ -6,16 +6,16 @@
 >>> llmq.fine_tune(model, train_data, epochs=10)
 """
 
-from llmq.checkpoint import load, save
-from llmq.compare import compare
-from llmq.doctor import doctor
-from llmq.evaluate import evaluate
-from llmq.fine_tune import fine_tune
+from llmq.evaluation.compare import compare
+from llmq.evaluation.evaluate import evaluate
 from llmq.nn import QuantEmbedding, QuantLinear, SparseLinear
-from llmq.plan import plan
-from llmq.prune import prune
-from llmq.quantize import quantize
+from llmq.planner.plan import plan
+from llmq.pruning.prune import prune
+from llmq.quantization.quantize import quantize
+from llmq.runtime.doctor import doctor
 from llmq.scheme import Scheme
+from llmq.storage.checkpoint import load, save
+from llmq.training.fine_tune import fine_tune
 
 __all__ = [
     "QuantEmbedding",

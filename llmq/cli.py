@@ -136,9 +136,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _compress(args: argparse.Namespace) -> None:
     import llmq
-    from llmq.integrations import directory
-    from llmq.integrations.models import LLMQ_MARKER, open_model
+    from llmq.commands.open_model import LLMQ_MARKER, open_model
     from llmq.scheme import resolve_scheme
+    from llmq.storage import directory
 
     planned = args.max_ppl_increase is not None or args.max_kl is not None
     if planned and (args.scheme is not None or args.prune is not None):
@@ -231,7 +231,7 @@ def _digest(file: Path) -> str:
 
 
 def _training_text(file: Path, tokenizer: Any, steps: int) -> list[Any]:
-    from llmq.demo import Recipe, training_batches
+    from llmq.commands.demo import Recipe, training_batches
 
     if steps < 1:
         raise ValueError(f"--steps must be at least 1, got {steps}")
@@ -244,7 +244,7 @@ def _training_text(file: Path, tokenizer: Any, steps: int) -> list[Any]:
 
 def _windows(file: Path, tokenizer: Any, count: int) -> list[Any]:
     """Return windows of a file's text to calibrate with, evenly from all of it."""
-    from llmq.evaluate import WINDOW
+    from llmq.evaluation.evaluate import WINDOW
 
     if count < 1:
         raise ValueError(f"--windows must be at least 1, got {count}")
@@ -284,7 +284,7 @@ def _tokens(file: Path | None, tokenizer: Any) -> Any:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from llmq.integrations.models import open_model
+    from llmq.commands.open_model import open_model
 
     if args.text is None and args.tasks is None:
         raise ValueError("name a text to measure on (--text FILE), tasks (--tasks NAMES), or both")
@@ -319,7 +319,7 @@ def _eval_text(args: argparse.Namespace, model: Any, baseline: Any, tokenizer: A
 
 
 def _eval_tasks(args: argparse.Namespace, model: Any, baseline: Any, tokenizer: Any) -> Any:
-    from llmq.integrations import lm_eval
+    from llmq.evaluation import lm_eval
 
     return lm_eval.evaluate(
         model,
@@ -336,7 +336,7 @@ def _eval_tasks(args: argparse.Namespace, model: Any, baseline: Any, tokenizer: 
 def _bench(args: argparse.Namespace) -> None:
     import torch
 
-    from llmq import bench
+    from llmq.commands import bench
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -351,8 +351,8 @@ def _bench(args: argparse.Namespace) -> None:
     import copy
 
     import llmq
-    from llmq.integrations import smollm2
-    from llmq.integrations.transformers import accelerate
+    from llmq.commands import smollm2
+    from llmq.models.transformers import accelerate
 
     original, _ = smollm2.load()
     models: dict[str, Any] = {"float32": original}
@@ -369,7 +369,7 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _tune(args: argparse.Namespace) -> None:
-    from llmq import tune
+    from llmq.commands import tune
 
     shapes = tuple(_shape(text) for text in args.shape) if args.shape else tune.SHAPES
     tuned = tune.tune(shapes, args.tokens or tune.TOKENS, args.scheme or tune.SCHEMES)
@@ -391,7 +391,7 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from llmq import demo
+    from llmq.commands import demo
 
     record = demo.run(args.output, quick=args.quick, fresh=args.fresh)
     if args.json:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmq import extension
-from tests.cpu_isas import ISA_FLAGS, available
+from llmq.runtime import extension
+from tests.cpu.isas import ISA_FLAGS, available
 
 # Before any test imports Triton's kernels: without a GPU it interprets them.
 if not torch.cuda.is_available():
@@ -22,7 +22,7 @@ def built_extensions() -> list[Path]:
     """The library that LLMQ_LIBRARY names, or those of this checkout and an installed package."""
     if os.environ.get("LLMQ_LIBRARY"):
         return [Path(os.environ["LLMQ_LIBRARY"]).resolve()]
-    found = set(Path(extension.__file__).parent.glob("_C*.so"))
+    found = set(extension.PACKAGE.glob("_C*.so"))
     try:
         files = importlib.metadata.files("llmq-kernels") or []
     except importlib.metadata.PackageNotFoundError:

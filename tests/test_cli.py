@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from llmq import cli, demo
-from llmq.integrations import smollm2
+from llmq import cli
+from llmq.commands import demo, smollm2
 from tests import families
 
 tf = pytest.importorskip("transformers")
@@ -283,9 +283,10 @@ def test_compress_calibrates(
 
 KILLED = """
 import os, signal, sys
-from llmq import cli, training
-from llmq.algorithms import resume
-training._SAVE_EVERY = 0.0
+from llmq.training import loop
+from llmq import cli
+from llmq.storage import resume
+loop._SAVE_EVERY = 0.0
 saves = 0
 
 def until_killed(keep):
@@ -298,7 +299,7 @@ def until_killed(keep):
     return kept
 
 resume.Kept.save = until_killed(resume.Kept.save)
-training._State.save = until_killed(training._State.save)
+loop._State.save = until_killed(loop._State.save)
 sys.exit(cli.main(sys.argv[2:]))
 """
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmq import extension
+from llmq.runtime import extension
 from tests import conftest
 
 

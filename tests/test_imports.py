@@ -171,7 +171,7 @@ class Missing:
 sys.meta_path.insert(0, Missing())
 import torch
 import llmq
-from llmq import extension
+from llmq.runtime import extension
 assert not extension.load().loaded
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.ReLU(), torch.nn.Linear(48, 8))

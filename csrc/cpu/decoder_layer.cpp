@@ -1,5 +1,5 @@
 // decoder_layer: a whole layer of a Llama-like decoder, on weights of int8_linear or
-// weight_only_linear; llmq/decoder.py gives its meaning.
+// weight_only_linear; llmq/ops/decoder.py gives its meaning.
 //
 //     h = x + o(attention(rope(q(n)), rope(k(n)), v(n))),   n = rms_norm(x)
 //     y = h + down(silu(gate(n')) · up(n')),                n' = rms_norm(h)

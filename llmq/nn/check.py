@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llmq.formats.activation import SMALLEST
-from llmq.nn.layer import CompressedLayer
+from llmq.nn.base import CompressedLayer
 from llmq.nn.quant_embedding import QuantEmbedding
 from llmq.nn.quant_linear import QuantLinear
 from llmq.nn.sparse_linear import SparseLinear

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmq.nn.layer import CompressedLayer, linear_weight
+from llmq.nn.base import CompressedLayer, linear_weight
 from llmq.nn.quant_linear import QuantLinear
 from llmq.scheme import Scheme
 

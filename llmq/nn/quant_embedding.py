@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmq.formats import uniform
-from llmq.nn.layer import CompressedLayer, frozen
+from llmq.nn.base import CompressedLayer, frozen
 from llmq.nn.quant_linear import QuantLinear
 from llmq.scheme import Scheme, resolve_scheme
 

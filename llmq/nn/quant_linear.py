@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq import dispatch
 from llmq.formats import codebook, uniform
-from llmq.nn.layer import (
+from llmq.nn.base import (
     CompressedLayer,
     autocast,
     call,
@@ -18,7 +17,8 @@ from llmq.nn.layer import (
     input_scale_of,
     linear_weight,
 )
-from llmq.ops import pack_scales, unpack_scales
+from llmq.ops.define import pack_scales, unpack_scales
+from llmq.runtime import dispatch
 from llmq.scheme import Scheme, resolve_scheme
 
 _NAMES = (

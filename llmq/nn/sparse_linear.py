@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmq import dispatch
 from llmq.formats import bitmap, bitmap_tiles, block, semi_structured, uniform
-from llmq.nn.layer import (
+from llmq.nn.base import (
     CompressedLayer,
     autocast,
     call,
@@ -20,6 +19,7 @@ from llmq.nn.layer import (
     linear_weight,
 )
 from llmq.nn.quant_linear import QuantLinear
+from llmq.runtime import dispatch
 from llmq.scheme import Pattern, Scheme, parse_pattern, resolve_scheme
 
 _SPARSE_SCHEMES = "a uniform symmetric 8-bit scheme with one scale a channel or tensor"

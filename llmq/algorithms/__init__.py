@@ -1,1 +1,0 @@
-"""What decides codes and masks."""

@@ -1,0 +1,1 @@
+"""Runs calibration data through a model block by block, and gathers what reaches its layers."""

@@ -1,0 +1,1 @@
+"""`evaluate` and `compare`: what a model still knows, and what compression changed."""

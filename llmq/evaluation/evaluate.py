@@ -1,0 +1,291 @@
+"""The verb `evaluate`: what a model still knows, how large it is and how fast it runs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from llmq.evaluation import intervals
+from llmq.evaluation.intervals import Interval
+from llmq.nn import CompressedLayer
+
+WINDOW = 512  # tokens a window of running text is cut into
+_ROWS = 1024  # rows of logits that one log-softmax takes: 200 MB at a vocabulary of 49,152
+_IGNORED = -100  # transformers' label for positions that do not count
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Quality, size and speed of one model on one set of data.
+
+    Args:
+        nll: mean negative log-likelihood of a label or next token, in nats.
+        perplexity: exp(nll) for language models, None for classifiers.
+        accuracy: share of labels that get the highest probability.
+        tokens: labels counted.
+        bytes: of all parameters and persistent buffers as a checkpoint holds them.
+        tokens_per_second: inputs through the model a second, on this data.
+        intervals: of 95 %, of `"nll"` and `"accuracy"` over other data of this kind; none if the
+            data is one row.
+    """
+
+    nll: float
+    perplexity: float | None
+    accuracy: float
+    tokens: int
+    bytes: int
+    tokens_per_second: float
+    intervals: dict[str, Interval] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        parts = [f"nll {self.intervals.get('nll', self.nll):.4f}"]
+        if self.perplexity is not None:
+            parts.append(f"perplexity {self.perplexity:.3f}")
+        parts.append(f"accuracy {100 * self.accuracy:.2f} %")
+        parts.append(f"{self.tokens} labels")
+        parts.append(f"{self.bytes / 1e6:.1f} MB")
+        parts.append(f"{self.tokens_per_second:.0f} tokens/s")
+        return ", ".join(parts)
+
+
+@dataclass
+class Tally:
+    """What a model got right, summed by row of the data: a window, document or example."""
+
+    nll: list[float] = field(default_factory=list)
+    right: list[float] = field(default_factory=list)
+    labels: list[float] = field(default_factory=list)
+    inputs: int = 0
+    seconds: float = 0.0
+    language: bool = True  # whether labels are tokens, so that there is a perplexity
+
+    def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the model's output, and take its time."""
+        started = time.perf_counter()
+        output = model(*args, **kwargs)
+        self.seconds += time.perf_counter() - started
+        self.inputs += _tokens(args, kwargs)
+        return output
+
+    def judge(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Count what `aligned` gave; returns the logits [rows, vocabulary] that count, and rows."""
+        self.language &= logits.dim() == 3
+        flat, targets, rows = counted(logits, labels)
+        parts = zip(flat.split(_ROWS), targets.split(_ROWS), strict=True)
+        nll = torch.cat([F.cross_entropy(p.float(), t, reduction="none") for p, t in parts])
+        right = flat.argmax(-1) == targets
+        self.nll += by_row(nll, rows)
+        self.right += by_row(right, rows)
+        self.labels += by_row(torch.ones_like(right), rows)
+        return flat, rows
+
+    def metrics(self, size: int) -> Metrics:
+        """Return the outcome for a model of `size` bytes."""
+        count = int(sum(self.labels))
+        if count == 0:
+            raise ValueError("data holds no label to measure; give at least two tokens or a batch")
+        mean = sum(self.nll) / count
+        found = {}
+        if len(self.labels) > 1:
+            found["nll"] = intervals.mean(self.nll, self.labels)
+            found["accuracy"] = intervals.share(self.right, self.labels)
+        return Metrics(
+            nll=mean,
+            perplexity=(math.exp(mean) if mean < 700 else math.inf) if self.language else None,
+            accuracy=sum(self.right) / count,
+            tokens=count,
+            bytes=size,
+            tokens_per_second=self.inputs / max(self.seconds, 1e-9),
+            intervals=found,
+        )
+
+
+def evaluate(model: nn.Module, data: Any) -> Metrics:
+    """Measure `model` on `data`, without changing either.
+
+    Args:
+        model: a causal or encoder-decoder language model, or a classifier.
+        data: running text as token ids [T] or [windows, T] (cut into windows of 512); a pair
+            (text or texts, tokenizer); or batches: dicts of the model's arguments with `labels`,
+            or pairs (inputs, targets). Intervals take each row of a batch as one observation.
+
+    Raises:
+        ValueError: if there is nothing to measure, or a batch has no labels.
+        TypeError: if the data is of none of these forms.
+
+    Example:
+        >>> print(llmq.evaluate(model, tokens))
+        nll 2.6873 [2.4201, 2.9545], perplexity 14.692, accuracy 47.90 %, 4088 labels, 538.1 MB, …
+    """
+    tally = Tally()
+    with inference(model):
+        device = next(model.parameters()).device
+        for batch in progress(batches_of(data), "evaluate"):
+            args, kwargs, labels = unpack(batch, device)
+            output = tally.run(model, args, kwargs)
+            tally.judge(*aligned(model, output, labels))
+    return tally.metrics(model_bytes(model))
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's tensors as a checkpoint holds them, shared ones once."""
+    seen: set[int] = set()
+    total = 0
+    for module in model.modules():
+        if isinstance(module, CompressedLayer):
+            tensors = module.canonical()
+            # What is packed is another tensor under the same name: the Parameter tells if shared.
+            keys = {name: id(module._parameters.get(name, name)) for name in tensors}
+            for name, tensor in tensors.items():
+                if module._parameters.get(name) is None or keys[name] not in seen:
+                    total += tensor.numel() * tensor.element_size()
+                seen.add(keys[name])
+            continue
+        held: dict[str, Tensor | None] = dict(module._parameters)
+        held.update(
+            (n, b)
+            for n, b in module._buffers.items()
+            if n not in module._non_persistent_buffers_set
+        )
+        for owned in held.values():
+            if owned is not None and id(owned) not in seen:
+                seen.add(id(owned))
+                total += owned.numel() * owned.element_size()
+    return total
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Put `model` into evaluation mode without gradients, and back as each module was."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def batches_of(data: Any) -> Iterable[Any]:
+    """Return `data` as a list of batches; text and long token sequences in windows of 512."""
+    if isinstance(data, tuple) and len(data) == 2 and callable(data[1]):
+        texts, tokenizer = data
+        joined = texts if isinstance(texts, str) else "\n".join(texts)
+        data = torch.tensor(tokenizer(joined)["input_ids"], dtype=torch.int64)
+    if isinstance(data, Tensor):
+        if data.is_floating_point() or data.dim() not in (1, 2):
+            raise TypeError(f"token ids must be integers [T] or [B, T], got {data.dtype}")
+        if data.dim() == 1:
+            windows = data.split(WINDOW)
+            data = [window for window in windows if window.numel() > 1]
+        else:
+            data = list(data)
+        if not data:
+            raise ValueError("data is empty; give at least two tokens")
+        return [window[None] for window in data]
+    if isinstance(data, (str, bytes, dict)) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"data must be token ids, a pair (text, tokenizer) or batches, got "
+            f"{type(data).__name__}"
+        )
+    return data
+
+
+def unpack(
+    batch: Any, device: torch.device
+) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
+    """Return (positional, keyword arguments, labels) of one batch, on the model's device."""
+    if isinstance(batch, Tensor):
+        ids = batch.reshape(-1, batch.shape[-1]).to(device)
+        return (), {"input_ids": ids}, ids
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        inputs, labels = batch
+        if isinstance(inputs, tuple) and isinstance(labels, dict):  # a call, as calibration has it
+            kwargs = {k: _move(v, device) for k, v in labels.items()}
+            return tuple(_move(v, device) for v in inputs), kwargs, kwargs.get("labels")
+        labels = labels.to(device)
+        if isinstance(inputs, dict):
+            return (), {k: _move(v, device) for k, v in inputs.items()}, labels
+        return (_move(inputs, device),), {}, labels
+    if hasattr(batch, "items"):
+        kwargs = {k: _move(v, device) for k, v in batch.items()}
+        return (), kwargs, kwargs.get("labels")
+    raise TypeError(
+        f"a batch must be token ids, a dict of the model's arguments or a pair (inputs, targets), "
+        f"got {type(batch).__name__}"
+    )
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value.numel() if not value.is_floating_point() else value.shape[0]
+    return 0
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """Return the logits in a model's output, None where it has none (a bare encoder)."""
+    logits = getattr(output, "logits", output)
+    return logits if isinstance(logits, Tensor) else None
+
+
+def aligned(model: nn.Module, output: Any, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return logits and labels that belong together: a causal model predicts the next token."""
+    logits = logits_of(output)
+    if logits is None or labels is None:
+        missing = "labels" if logits is not None else "logits"
+        raise ValueError(f"cannot measure {type(model).__name__} on this batch: no {missing}")
+    if logits.dim() == 3 and is_causal(model):
+        return logits[:, :-1], labels[:, 1:]
+    return logits, labels
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether the logits at a position are of the next token rather than of its own label."""
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    name = type(model).__name__
+    return not any(part in name for part in ("MaskedLM", "TokenClassification"))
+
+
+def counted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits [labels, classes], labels that count, and the row of the batch of each."""
+    flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    if flat.shape[0] != targets.shape[0]:
+        raise ValueError(f"logits {list(logits.shape)} and labels {list(labels.shape)} differ")
+    kept = (targets != _IGNORED).nonzero()[:, 0]
+    return flat[kept], targets[kept], kept // max(flat.shape[0] // max(logits.shape[0], 1), 1)
+
+
+def by_row(values: Tensor, rows: Tensor) -> list[float]:
+    """Return the sum of `values` over each row of a batch that `rows` names."""
+    names, place = rows.unique(return_inverse=True)
+    sums = torch.zeros(names.numel(), dtype=torch.float64, device=values.device)
+    return sums.index_add_(0, place, values.double()).tolist()
+
+
+def progress(batches: Iterable[Any], what: str) -> Iterable[Any]:
+    """Return `batches` with a progress bar once it has taken more than a second."""
+    bar: Iterable[Any] = tqdm(batches, desc=what, unit="batch", delay=1, leave=False)
+    return bar

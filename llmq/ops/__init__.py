@@ -1,0 +1,1 @@
+"""The ops of `torch.ops.llmq`: schema, checks, reference, backward."""

@@ -1,0 +1,1 @@
+"""`plan`: chooses a format for each layer under a bound on what the model may lose."""

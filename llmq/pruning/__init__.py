@@ -1,0 +1,1 @@
+"""`prune`: which weights, heads, channels or layers go."""

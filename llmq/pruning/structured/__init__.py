@@ -1,0 +1,1 @@
+"""Removes attention heads and MLP channels, so that the matrices themselves shrink."""

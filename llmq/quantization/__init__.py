@@ -1,0 +1,1 @@
+"""`quantize`: how the codes of weights are found."""

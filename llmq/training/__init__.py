@@ -1,0 +1,1 @@
+"""`fine_tune`: recovers what compression lost."""
