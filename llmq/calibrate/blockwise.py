@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -13,11 +14,21 @@ from llmq.calibrate.folding import Journal
 from llmq.calibrate.stages import Call, Stage, Statistics, gather, stages
 from llmq.models import transformers as hf
 from llmq.models.targets import Found, Target
-from llmq.nn import CompressedLayer
-from llmq.pruning.structured.slicing import dense_weight
-from llmq.quantization.smoothquant_awq import Scaling
+from llmq.nn import CompressedLayer, dense_weight
 from llmq.report import relative_error
 from llmq.storage.resume import Block, Kept
+
+
+class InputScaling(Protocol):
+    """Scales the inputs of a block's layers before they are converted: SmoothQuant, AWQ."""
+
+    journal: Journal
+    folded: list[str]  # names of the layers whose inputs could be scaled
+
+    def prepare(
+        self, stage: Stage, groups: list[list[Target]], statistics: list[Statistics]
+    ) -> None: ...
+
 
 # What layers that share one weight become, given their inputs' statistics (rows 0: none).
 Convert = Callable[[list[Target], Statistics], list[nn.Module]]
@@ -47,7 +58,7 @@ def compress(
     what: str,
     full: bool,
     sample: bool = False,
-    scaling: Scaling | None = None,
+    scaling: InputScaling | None = None,
     kept: Kept | None = None,
 ) -> Compressed:
     """Convert the layers of `found`, and put them into the model, in the order in which they run.
@@ -103,7 +114,7 @@ def _convert(
     convert: Convert,
     full: bool,
     sample: bool,
-    scaling: Scaling | None,
+    scaling: InputScaling | None,
     done: Compressed,
 ) -> None:
     linear = [g for g in groups if not any(target.is_embedding for target in g)]

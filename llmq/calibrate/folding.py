@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llmq.calibrate.stages import Call
 from llmq.models import layouts
 from llmq.models.targets import Target
-from llmq.models.transformers import is_conv1d
+from llmq.nn import is_conv1d
 
 
 class Journal:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmq.models import experts
 from llmq.models import transformers as hf
-from llmq.nn import CompressedLayer, LowRankLinear, QuantEmbedding, embedding_factor
+from llmq.nn import CompressedLayer, LowRankLinear, QuantEmbedding, embedding_factor, is_conv1d
 
 Places = list[tuple[nn.Module, str]]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -138,7 +138,7 @@ def _kind(module: nn.Module) -> tuple[str | None, str | None]:
         if embedding_factor(module) is None:
             return None, f"{type(module).__name__} has a forward of its own"
         return "Embedding", None
-    if hf.is_conv1d(module):
+    if is_conv1d(module):
         return "Conv1D", None
     if isinstance(module, CompressedLayer):
         return type(module).__name__, None

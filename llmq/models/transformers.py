@@ -13,11 +13,6 @@ from torch import nn
 _ROUTER = re.compile(r"(^|\.)(router\.classifier|block_sparse_moe\.gate|mlp\.gate|router)$")
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is GPT-2's `Conv1D`: a linear layer with weight [K, N]."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
 def output_embeddings(model: nn.Module) -> nn.Module | None:
     """Return the layer that makes logits, if the model says which one that is."""
     get = getattr(model, "get_output_embeddings", None)

@@ -1,6 +1,6 @@
 """Compressed stand-ins for torch.nn layers."""
 
-from llmq.nn.base import CompressedLayer, linear_bytes, linear_weight
+from llmq.nn.base import CompressedLayer, dense_weight, is_conv1d, linear_bytes, linear_weight
 from llmq.nn.low_rank_linear import LowRankLinear
 from llmq.nn.quant_embedding import QuantEmbedding, embedding_factor
 from llmq.nn.quant_linear import QuantLinear
@@ -14,8 +14,10 @@ __all__ = [
     "QuantEmbedding",
     "QuantLinear",
     "SparseLinear",
+    "dense_weight",
     "embedding_factor",
     "empty_layer",
+    "is_conv1d",
     "linear_bytes",
     "linear_weight",
 ]

@@ -50,6 +50,11 @@ def call(op: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
         return op(x, *arguments)
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is GPT-2's `Conv1D`: a linear layer with weight [K, N]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
 def linear_weight(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Return weight [N, K] and bias [N] or None of a `Linear`, or of a `Conv1D` as in GPT-2.
 
@@ -58,10 +63,15 @@ def linear_weight(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """
     if isinstance(linear, nn.Linear):
         return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-    if type(linear).__name__ == "Conv1D" and hasattr(linear, "nf"):
+    if is_conv1d(linear):
         conv1d: Any = linear
         return conv1d.weight.detach().T.contiguous(), conv1d.bias.detach()
     raise TypeError(f"expected nn.Linear or transformers' Conv1D, got {type(linear).__name__}")
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """Return the weight [N, K] that a linear layer, compressed or not, stands for."""
+    return layer.dequantize() if isinstance(layer, CompressedLayer) else linear_weight(layer)[0]
 
 
 def linear_bytes(linear: nn.Module) -> int:
@@ -101,6 +111,10 @@ class CompressedLayer(nn.Module):
 
     def canonical(self) -> dict[str, Tensor]:
         """Return the canonical tensors by name, as `state_dict` holds them, bias included."""
+        raise NotImplementedError
+
+    def dequantize(self) -> Tensor:
+        """Return the weight that the canonical tensors stand for."""
         raise NotImplementedError
 
     def _panels(self) -> dict[str, Tensor] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmq.nn.base import CompressedLayer, linear_weight
+from llmq.nn.base import CompressedLayer, dense_weight, linear_weight
 from llmq.nn.quant_linear import QuantLinear
 from llmq.scheme import Scheme
 
@@ -69,10 +69,7 @@ class LowRankLinear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """Return the weight that the product stands for, float32 [N, K]."""
-        up, down = (
-            layer.dequantize() if isinstance(layer, CompressedLayer) else linear_weight(layer)[0]  # type: ignore[operator]
-            for layer in (self.up, self.down)
-        )
+        up, down = (dense_weight(layer) for layer in (self.up, self.down))
         return torch.mm(up.float(), down.float())
 
     def bytes(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.formats import codebook, uniform
+from llmq.formats import codebook, rtn, uniform
 from llmq.nn.base import (
     CompressedLayer,
     autocast,
@@ -83,13 +83,7 @@ class QuantLinear(CompressedLayer):
         scheme = resolve_scheme(scheme)
         weight, bias = linear_weight(linear)
         scheme.check_fits(weight.shape[0], weight.shape[1])
-        shape: Any = {"granularity": scheme.granularity, "group_size": scheme.group_size}
-        encoded: uniform.UniformWeight | codebook.CodebookWeight
-        if scheme.method == "quantile":
-            encoded = codebook.encode(weight, bits=scheme.bits, **shape)
-        else:
-            symmetric = scheme.symmetric
-            encoded = uniform.encode(weight, bits=scheme.bits, **shape, symmetric=symmetric)
+        encoded = rtn.encode(weight, scheme)
         layer = cls.from_encoded(
             encoded, bias, scheme, in_features=weight.shape[1], input_scale=input_scale
         )
@@ -98,7 +92,7 @@ class QuantLinear(CompressedLayer):
     @classmethod
     def from_encoded(
         cls,
-        encoded: uniform.UniformWeight | codebook.CodebookWeight,
+        encoded: rtn.Encoded,
         bias: Tensor | None,
         scheme: Scheme,
         *,

@@ -29,10 +29,9 @@ from llmq.calibrate.blockwise import still
 from llmq.calibrate.stages import Call
 from llmq.evaluation.sensitivity import Sensitivity, Unit
 from llmq.models.targets import Target
-from llmq.nn import SparseLinear
+from llmq.nn import SparseLinear, dense_weight
 from llmq.planner.costs import Measured, run_of
 from llmq.pruning import magnitude
-from llmq.pruning.structured.slicing import dense_weight
 from llmq.scheme import Pattern
 
 # Wanda's masks of SmolLM2-135M at a rate of 0.5, perplexity: 27.0 with the same rate for all, 24.6

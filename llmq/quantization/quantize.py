@@ -20,10 +20,10 @@ from llmq.nn import (
     QuantEmbedding,
     QuantLinear,
     SparseLinear,
+    dense_weight,
     embedding_factor,
     linear_weight,
 )
-from llmq.pruning.structured.slicing import dense_weight
 from llmq.quantization import rounding, static_scale
 from llmq.quantization.smoothquant_awq import SCALINGS, Scaling
 from llmq.report import Change, attach, few, relative_error

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from llmq.formats import codebook, uniform
+from llmq.formats import rtn, uniform
 from llmq.quantization import clip, gptq
 from llmq.scheme import Scheme
 
@@ -20,7 +18,7 @@ def encode(
     moments: Tensor | None = None,
     *,
     kept: Tensor | None = None,
-) -> uniform.UniformWeight | codebook.CodebookWeight:
+) -> rtn.Encoded:
     """Code a weight [N, K].
 
     Args:
@@ -36,10 +34,7 @@ def encode(
     importance = None
     if moments is not None:
         importance = moments.diagonal() if moments.dim() == 2 else moments
-    shape: Any = {"granularity": scheme.granularity, "group_size": scheme.group_size}
-    if scheme.method == "quantile":
-        return codebook.encode(weight, bits=scheme.bits, **shape, importance=importance)
-    if rounding == "rtn":
-        return uniform.encode(weight, bits=scheme.bits, **shape, symmetric=scheme.symmetric)
+    if scheme.method == "quantile" or rounding == "rtn":
+        return rtn.encode(weight, scheme, importance=importance)
     scale, zero_point = clip.clipped_grid(weight, scheme, importance)
     return uniform.on_grid(weight, scale, zero_point, bits=scheme.bits)

@@ -25,12 +25,11 @@ from torch import Tensor
 
 from llmq.calibrate.folding import Fold, Journal, find
 from llmq.calibrate.stages import Stage, Statistics
-from llmq.formats import activation
+from llmq.formats import activation, rtn
 from llmq.models.targets import Target
 from llmq.nn import linear_weight
 from llmq.quantization import static_scale
 from llmq.scheme import Scheme
-from llmq.training.straight_through import fake_quantize
 
 SCALINGS = ("smoothquant", "awq")
 _STEPS = 20  # of α from 0 to 1, as AWQ searches
@@ -83,7 +82,7 @@ class Scaling:
                 inputs = x if scale is None else x / scale
                 largest = stats.largest if scale is None else stats.largest / scale
                 inputs = _coded_inputs(inputs, scheme, largest)
-                coded = fake_quantize(weight if scale is None else weight * scale, scheme)
+                coded = rtn.fake_quantize(weight if scale is None else weight * scale, scheme)
                 total += float((F.linear(inputs, coded) - y).square().sum())
             return total
 

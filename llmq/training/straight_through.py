@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmq.formats import codebook, uniform
+from llmq.formats import rtn, uniform
 from llmq.nn import QuantLinear, SparseLinear
 from llmq.scheme import Scheme
 
@@ -115,7 +115,7 @@ class Master(nn.Module):
         with torch.no_grad():
             value = weight if self.mask is None or self.up is None else weight * self.mask
             if self.scheme is not None:
-                value = fake_quantize(value, self.scheme, self.table)
+                value = rtn.fake_quantize(value, self.scheme, self.table)
         return _StraightThrough.apply(weight, value, self.mask)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class Master(nn.Module):
             on_grid = self._learned_codes()
             coded = QuantLinear.from_encoded(on_grid, bias, self.scheme, in_features=K, **inputs)
         elif self.scheme is not None and self.table is not None:  # that training has rounded to
-            levels = _on_levels(weight, self.scheme, self.table)
+            levels = rtn.encode(weight, self.scheme, table=self.table)
             coded = QuantLinear.from_encoded(levels, bias, self.scheme, in_features=K)
         if self.pattern is None:
             assert self.scheme is not None
@@ -205,37 +205,3 @@ class Master(nn.Module):
         codes = (steps + middle).round().clamp(low, high).flatten(1).to(torch.int8)
         packed = codes if self.scheme.bits == 8 else uniform.pack_int4(codes)
         return uniform.UniformWeight(packed, scale[..., 0].contiguous(), self.zero_point)
-
-
-def fake_quantize(weight: Tensor, scheme: Scheme, table: Tensor | None = None) -> Tensor:
-    """Return float32 weight [N, K] rounded to the levels of `scheme`, with fresh scales.
-
-    `table` [1 or N, levels] is the codebook of a quantile scheme, which stays as it is.
-    """
-    K = weight.shape[1]
-    if scheme.method == "quantile":
-        coded = _on_levels(weight, scheme, table)
-        return codebook.decode(*coded, bits=scheme.bits, K=K)
-    if scheme.bits == 8 and scheme.symmetric and scheme.granularity == "channel":
-        # What encode and decode below would give, in 6 passes over memory instead of 12.
-        scale = torch.maximum(weight.amax(1, keepdim=True), -weight.amin(1, keepdim=True)) / 127
-        scale = torch.where(scale == 0, 1.0, scale.clamp(min=torch.finfo(torch.float32).tiny))
-        return (weight / scale).round_().clamp_(-127, 127).mul_(scale)
-    encoded = uniform.encode(
-        weight,
-        bits=scheme.bits,
-        granularity=scheme.granularity,
-        group_size=scheme.group_size,
-        symmetric=scheme.symmetric,
-    )
-    return uniform.decode(*encoded, bits=scheme.bits, K=K)
-
-
-def _on_levels(weight: Tensor, scheme: Scheme, table: Tensor | None) -> codebook.CodebookWeight:
-    return codebook.encode(
-        weight,
-        bits=scheme.bits,
-        granularity=scheme.granularity,
-        group_size=scheme.group_size,
-        weight_codebook=table,
-    )

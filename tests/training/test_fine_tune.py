@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import llmq
-from llmq.formats import codebook
+from llmq.formats import codebook, rtn
 from llmq.nn import QuantLinear, SparseLinear
 from llmq.scheme import PRESETS, Scheme, resolve_scheme
-from llmq.training.straight_through import Master, fake_quantize
+from llmq.training.straight_through import Master
 
 tf = pytest.importorskip("transformers")
 SMALL = {"vocab_size": 48, "bos_token_id": 1, "eos_token_id": 2}
@@ -143,7 +143,7 @@ def test_training_rounds_as_encoding_does(name: str) -> None:
     static = 0.1 if scheme.activations == "static" else None
     layer = QuantLinear.from_linear(linear, scheme, input_scale=static)
     table = None if layer.weight_codebook is None else layer.weight_codebook.data
-    rounded = fake_quantize(linear.weight.detach(), scheme, table)
+    rounded = rtn.fake_quantize(linear.weight.detach(), scheme, table)
     if table is None:
         expected = layer.dequantize()
     else:

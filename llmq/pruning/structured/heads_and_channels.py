@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from llmq.models import experts, layouts
-from llmq.nn import QuantLinear
-from llmq.pruning.structured.slicing import dense_weight, is_linear
+from llmq.nn import QuantLinear, dense_weight
+from llmq.pruning.structured.slicing import is_linear
 
 
 @dataclass

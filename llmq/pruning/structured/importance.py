@@ -24,10 +24,9 @@ from llmq.calibrate.folding import Journal
 from llmq.calibrate.stages import Call, Statistics, gather, stages
 from llmq.models.experts import SplitExperts
 from llmq.models.targets import Target
-from llmq.models.transformers import is_conv1d
+from llmq.nn import dense_weight, is_conv1d
 from llmq.pruning.obs import DAMPING
 from llmq.pruning.structured.heads_and_channels import Block, split_experts
-from llmq.pruning.structured.slicing import dense_weight
 from llmq.report import relative_error
 
 

@@ -22,10 +22,10 @@ from llmq.calibrate.stages import Call
 from llmq.models import experts, layouts
 from llmq.models import transformers as hf
 from llmq.models.targets import set_attributes
-from llmq.nn import QuantLinear, SparseLinear
+from llmq.nn import QuantLinear, SparseLinear, dense_weight, is_conv1d
 from llmq.pruning.structured import importance
 from llmq.pruning.structured.heads_and_channels import Block, Slice, find, split_experts
-from llmq.pruning.structured.slicing import dense_weight, select, take
+from llmq.pruning.structured.slicing import select, take
 from llmq.report import Change, few
 
 
@@ -124,7 +124,7 @@ def _shrink(
         for parent, attribute in places[id(model.get_submodule(name))]:
             setattr(parent, attribute, layer)
         if not isinstance(layer, (QuantLinear, SparseLinear)):
-            sizes = ("nx", "nf") if hf.is_conv1d(layer) else ("in_features", "out_features")
+            sizes = ("nx", "nf") if is_conv1d(layer) else ("in_features", "out_features")
             set_attributes(model, name, {size: getattr(layer, size) for size in sizes})
     for module, attribute, parameter in parameters:
         module._parameters[attribute] = parameter

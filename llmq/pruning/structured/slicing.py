@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.formats import bitmap, uniform
-from llmq.models.transformers import is_conv1d
-from llmq.nn import QuantLinear, SparseLinear, linear_weight
+from llmq.nn import QuantLinear, SparseLinear, is_conv1d
 from llmq.scheme import Pattern, Scheme
 
 
@@ -17,13 +16,6 @@ def is_linear(module: object) -> bool:
     """Whether `take` can slice `module`."""
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     return plain or isinstance(module, (QuantLinear, SparseLinear)) or is_conv1d(module)  # type: ignore[arg-type]
-
-
-def dense_weight(layer: nn.Module) -> Tensor:
-    """Return the weight [N, K] that `layer` stands for."""
-    if isinstance(layer, (QuantLinear, SparseLinear)):
-        return layer.dequantize()
-    return linear_weight(layer)[0]
 
 
 def take(
