@@ -10,7 +10,7 @@
 namespace llmq {
 namespace {
 
-// Bytes ahead that masks and kept bytes are fetched: the address depends on the popcounts before it.
+// How far ahead masks and kept bytes are fetched: addresses depend on the popcounts before.
 constexpr int64_t kAhead = 1024;
 
 constexpr int64_t kTokens = 4;

@@ -1,5 +1,4 @@
-// codebook_linear in plain C++, for any group and for a codebook an output: w =
-// codebook[code]·scale.
+// codebook_linear in plain C++, w = codebook[code] · scale, for any group and a codebook an output.
 #include <cstring>
 
 #include "kernels.h"

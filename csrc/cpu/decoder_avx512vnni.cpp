@@ -1,4 +1,4 @@
-// attention and the rows between linear layers with AVX-512; attention.h and decoder_rows.h tell how.
+// attention and the rows between linear layers with AVX-512: attention.h and decoder_rows.h.
 #include "attention.h"
 #include "decoder_rows.h"
 

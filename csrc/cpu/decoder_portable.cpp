@@ -1,4 +1,4 @@
-// attention and the rows between linear layers with plain C++: right, not fast; attention.h and decoder_rows.h tell how.
+// attention and the rows between linear layers with plain C++: attention.h and decoder_rows.h.
 #include "attention.h"
 #include "decoder_rows.h"
 

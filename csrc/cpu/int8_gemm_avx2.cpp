@@ -12,9 +12,11 @@
 // Tile: half a panel (8 outputs) × up to 8 tokens, or a panel × up to 2. Four instructions (flip,
 // multiply, widen, add) a token where VNNI needs one: on three ports at most 48 operations a cycle.
 // Torch's dynamic int8, which quantizes x to 7 bits, needs no flip: 64.
+//
 // Reached on one core of a Xeon with 3.1 GHz (149 GOPS at most), whole op, 4096×4096: M = 16 108 to
 // 119, M = 256 105 to 113 (with vpsignb 99 to 108); an EPYC Genoa did 138 with vpsignb, and M = 1 in
 // 930 us (15 to 18 of the 20 to 25 GB/s that it reads).
+//
 // Tried: both sides widened to 16 bits, whose vpmaddwd needs neither sign nor vpmaddubsw, 5 tokens a
 // tile: 85 to 92 GOPS at M = 256 where vpsignb reached 137 to 140 in the same run.
 #include <immintrin.h>

@@ -1,5 +1,7 @@
-// int8_gemm with AVX-512 VNNI: y[m, n] = Σ_g x_scale[m, g] · (Σ_k∈g u[n, k] · x[m, k] + x_offset[m, g])
-// · weight_scale[n] + bias[n], with u = w + 128 as panels8 hold it (kernels.h).
+// int8_gemm with AVX-512 VNNI, with u = w + 128 as panels8 hold it (kernels.h):
+//
+//     y[m, n] = Σ_g x_scale[m, g] · (Σ_k∈g u[n, k] · x[m, k] + x_offset[m, g])
+//               · weight_scale[n] + bias[n]
 //
 //                 4 inputs of 6 tokens, each broadcast to a register
 //                  x0   x1   x2   x3   x4   x5
@@ -12,6 +14,7 @@
 // (1 a cycle on Zen 4: 473 GOPS measured) is the limit and below it memory (22–25 GB/s measured).
 // Sums start at x_offset, so the + 128 costs nothing; wrapping past 2³¹ on the way is harmless. With
 // groups, float32 sums stay in the first-level cache.
+//
 // Reached on one EPYC Genoa core, whole op, ceilings measured between its runs: 4096×4096: M = 1
 // 25–27 GB/s where a plain loop reads 19–22, M = 8 91 % of the bandwidth and 76 % of the multiplier, M = 16 84 %, M = 64
 // 90 % (groups of 64: 76 %); 11008×4096: M = 64 92 % (78 %), M = 1024 94 % (74 %); 576×576, from

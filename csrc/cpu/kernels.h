@@ -87,9 +87,9 @@ Int8GemmFn int8_gemm_portable, int8_gemm_avx2, int8_gemm_avxvnni, int8_gemm_avx5
 // The 64 bytes of a panels8 block are kept as a mask, little endian (bit 4·lane + j), and the bytes
 // whose bit is set, in order; an absent byte stands for 0x80, code 0:
 //
-//     mask    [P, K4, 8]          0b…1101    0b…0110      blocks of one panel
-//     weight  kept bytes          a b c      d e          panel after panel, then 64 bytes of padding
-//                                 a 80 b c   80 d e 80    what they stand for
+//     mask    [P, K4, 8]    0b…1101    0b…0110      blocks of one panel
+//     weight  kept bytes    a b c      d e          panel after panel, then 64 bytes of padding
+//                           a 80 b c   80 d e 80    what they stand for
 struct BitmapGemm {
   Int8Gemm dense;        // its weight: the kept bytes
   const uint8_t* mask;   // [ceil(N/16), K4, 8]
@@ -117,7 +117,7 @@ BitmapExpandFn bitmap_expand_portable, bitmap_expand_avx2, bitmap_expand_avx512v
 // Except in portable kernels it holds whole blocks. y [rows, 16] has neither bias nor dtype yet.
 inline constexpr int64_t kTile = 12;
 
-// Turns the scales of a panel so that a register holds those of its 16 outputs; absent outputs get 0.
+// Turns a panel's scales so that a register holds those of its 16 outputs; absent outputs get 0.
 struct PanelScales {
   const float* scale;        // [lanes, groups]; null where scales stand in panels already
   const int8_t* zero_point;  // [lanes, groups], or [groups, 16] where scale is null; or null

@@ -65,7 +65,8 @@ inline constexpr int64_t kGrain = 1 << 20;  // products that one thread takes be
 // Tokens a pass: bounds the scratch and keeps x in the second-level cache; a whole number of tiles.
 inline constexpr int64_t kPassRows = 20 * kTile;
 
-// -- integers --------------------------------------------------------------------------------------
+// Integers
+
 // int8 rows of x, `digits` a token, before they are cut into tiles.
 struct Codes {
   const int8_t* codes;  // [tokens · digits, stride], zero up to whole blocks
@@ -95,7 +96,8 @@ std::optional<Codes> split_floats(const Rows& x, int64_t m, int64_t rows, int64_
 // The longest segment within both kinds of group and `limit`, a power of two.
 int64_t segment_of(int64_t K, int64_t weight_group, int64_t x_group, int64_t limit);
 
-// -- floats ----------------------------------------------------------------------------------------
+// Floats
+
 // x's rows m … m + rows as float tiles in Slot::tile_x: tile t at begin(t) · round_up(K, 8).
 const float* float_tiles(const Rows& x, int64_t m, const Tiles& tiles);
 

@@ -1,7 +1,9 @@
 // weight_only_linear with int8 activations on 256-bit registers: what AVX2 and AVX-VNNI share.
 //
-// y[m, n] = Σ_segments weight scale · x scale · (Σ_k (w − zero) · x), the inner sum exact in int32. Tile:
-// kHalves halves of a panel (8 outputs each) × kRows rows. `Products` adds those of half a block:
+//     y[m, n] = Σ_segments weight scale · x scale · Σ_k (w − zero) · x
+//
+// The inner sum is exact in int32. Tile: kHalves halves of a panel (8 outputs each) × kRows rows.
+// `Products` adds those of half a block:
 //
 //     static constexpr int kHalves, kRows;  // at most 2 and 6
 //     static constexpr bool kSigned;        // whether 8-bit codes enter as stored − 128

@@ -1,4 +1,4 @@
-// The contract of every CUDA kernel: what a driver (plain C++, which knows tensors) and a .cu share.
+// The contract of every CUDA kernel: what drivers (plain C++, which knows tensors) and .cu share.
 //
 // A launcher gets device pointers to checked, sized memory and a stream; it neither allocates nor
 // checks nor waits. M tokens, N outputs, K inputs; strides in elements.
@@ -45,11 +45,12 @@ constexpr int chunk_inputs(int bits) { return 128 * 8 / bits; }  // 128 bytes of
 // Bitmap tiles hold a sparse weight in strips of 32 outputs and chunks of bitmap_chunk inputs
 // (llmq/formats/bitmap_tiles.py packs and unpacks them, bitmap_tiles.cuh says what lanes make of them):
 //
-//     bitmask [strips, chunks, 1, bytes]   | uint16 [8 runs, 2]: its first value, and the units of 16
-//         bytes that it and 12 bytes behind it touch, at most 33, of the last 34 |
-//         uint32 [32 lanes, chunk / 32]: masks |
-//     weight   8 runs of values from offsets[strip, chunk] on, which is on 16 bytes; behind all, 16
-//         bytes more
+//     bitmask  [strips, chunks, 1, bytes], each of them
+//              uint16 [8 runs, 2]           a run's first value, and the units of 16 bytes that it
+//                                           and 12 bytes behind it touch: at most 33, the last 34
+//              uint32 [32 lanes, chunk/32]  masks
+//     weight   8 runs of values from offsets[strip, chunk] on, which is on 16 bytes; behind all,
+//              16 bytes more
 inline constexpr int kBitmapHeader = 32;
 constexpr int bitmap_chunk(int value_bytes) { return 128 / value_bytes; }
 constexpr int bitmap_mask_bytes(int value_bytes) {

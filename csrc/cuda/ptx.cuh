@@ -9,11 +9,11 @@
 //   m16n8k32 s8    the same with columns 4t … 4t+3, and + 16
 //   m16n8k64 s8    2:4 sparse: a is that of m16n8k32, of the values kept
 //                  b0 rows 4t … 4t+3 of column g          b1, b2, b3 rows + 16, + 32, + 48
-//                  metadata of every lane (selector 0): row g + 8·(t % 2), columns 32·(t / 2) … + 31,
-//                  from the low nibble on one for 4 columns: first place | second << 2
+//                  metadata of every lane (selector 0): row g + 8·(t % 2), columns 32·(t / 2) and
+//                  31 more, from the low nibble on one for 4 columns: first place | second << 2
 //   c, d           c0, c1 row g, columns 2t, 2t+1     c2, c3 row g+8
-// wgmma m64n192k64 s8, of 4 warps: metadata and d of warp w are those of m16n8k64 for rows 16·w … + 15,
-// of which d has 24, one for 8 columns.
+// wgmma m64n192k64 s8, of 4 warps: metadata and d of warp w are those of m16n8k64 for the 16 rows from
+// 16·w on, of which d has 24, one for 8 columns.
 #pragma once
 
 #include <cstddef>

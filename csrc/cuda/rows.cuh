@@ -45,7 +45,7 @@ struct Rows {
     }
   }
 
-  // Units 2·pair and 2·pair + 1 of tile r: word[0], word[1] of rows g, g + 8, then word[2], word[3].
+  // Units 2·pair and 2·pair + 1 of tile r: words 0 and 1 of rows g and g + 8, then words 2 and 3.
   LLMQ_PTX static void load(uint32_t (&words)[4], const unsigned char* stage, int r, int pair,
                             int lane) {
     const int row = r * kTileRows + lane % 16;

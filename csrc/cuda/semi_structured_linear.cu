@@ -21,10 +21,10 @@
 //     block        128 × 64   128 × 128   256 × 128   256 × 192   256 × 192 by wgmma
 //     loads            2.25        1.63        1.63        1.42        1.21
 //     copies           1.13        0.81        0.56        0.46        0.46
-//     wavefronts       3.38        2.44        2.19        1.88        1.67   a cycle each, for an mma
+//     wavefronts       3.38        2.44        2.19        1.88        1.67
 //     bytes             144         104          72          59          59
 //
-// where an mma takes tensor cores of an A100 2 cycles, of an H100 one by the data sheets (and 38 bytes
+// of an mma, a cycle a wavefront, where an mma takes tensor cores of an A100 2 cycles, of an H100 one by the data sheets (and 38 bytes
 // of L2 a cycle and multiprocessor would be 1.5). Not yet measured. 96 × 64 a warp would take 1.77, but
 // a register more than there are on some GPUs.
 #include "floats.cuh"

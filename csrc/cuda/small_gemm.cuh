@@ -36,7 +36,8 @@ static_assert(kWarps * kWarpOutputs == kBlockOutputs);
 
 LLMQ_PTX int least(int a, int b) { return a < b ? a : b; }
 
-// -- x -----------------------------------------------------------------------------------------------
+// Inputs
+
 // A token's inputs of a chunk are a row in shared memory, in units of 16 bytes at
 // (unit ^ swizzle(token)), so that neither copies nor loads meet a bank twice.
 
@@ -140,8 +141,6 @@ class Tokens {
   }
 };
 
-// -- the kernel --------------------------------------------------------------------------------------
-
 // Where sums of a chunk are multiplied by their scales, and what that takes.
 template <class Weight, class X, int kGroup>
 struct Folds {
@@ -152,7 +151,7 @@ struct Folds {
   static constexpr bool kTokens = kFolds && X::kFoldsTokens;
   static constexpr bool kOutputs = kFolds && (!X::kCodes || Weight::kBits == 4);
   static constexpr bool kZeros = kOutputs && X::kCodes;  // zero points meet sums, not weights
-  // A warp has its own [kChunk, 32]: of its outputs beside what takes the zero point away, of tokens.
+  // A warp has its own [kChunk, 32]: of its outputs, with what takes zero points away, of tokens.
   static constexpr int kOutputBytes = kOutputs ? kChunk * 32 * int{sizeof(FloatWord)} : 0;
   static constexpr int kBytes = kOutputBytes + (kTokens ? kChunk * 32 * int{sizeof(float)} : 0);
 };
@@ -494,7 +493,7 @@ __global__ void __launch_bounds__(kThreads, (Plan<Weight, X, kT, kGroup>::kBlock
   }
 }
 
-// -- launch ------------------------------------------------------------------------------------------
+// Launch
 
 template <class Weight, class X, int kT, int kGroup>
 void launch_tiles(const SmallGemm& g, void* stream) {

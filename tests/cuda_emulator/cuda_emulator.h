@@ -156,7 +156,7 @@ class Block {
     perform(lanes);
   }
 
-  // -- memory ------------------------------------------------------------------------------------
+  // Memory
 
   void check_global(const void* address, size_t bytes, size_t alignment, const Site& site) {
     const char* p = static_cast<const char*>(address);
@@ -255,7 +255,7 @@ class Block {
     }
   }
 
-  // -- wgmma, of the warp that the current thread is the last of to come ----------------------------
+  // wgmma, of the warp whose last thread to come is the current one
 
   size_t offset_of(const void* shared) const {
     return static_cast<size_t>(static_cast<const char*>(shared) - base_);

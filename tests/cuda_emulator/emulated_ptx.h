@@ -275,7 +275,7 @@ inline void mma(int32_t (&d)[4], const uint32_t (&a)[2], uint32_t b, int8_t type
   mma(d, {a[0], a[1], 0, 0}, {b, 0}, type, site);
 }
 
-// Input k of row `row` (0 … 15) of a 2:4 sparse a whose value i is kept(row, i): 0, or what was kept.
+// Input k of row `row` (0 … 15) of a 2:4 sparse a whose value i is kept(row, i); 0 if not kept.
 template <class Kept>
 int32_t sparse_element(MmaArguments<int32_t>* const* lanes, int row, int k, const Kept& kept) {
   const int four = k / 4;
