@@ -13,8 +13,8 @@
 // Gimelshein, arXiv:1805.02867); block, queries and scores stay in the first-level cache (44 KiB at
 // D = 64). Bound by multiply-adds: two registers times a broadcast each, 2 · 12 sums with AVX-512.
 //
-// By sampling, a prefill of 512 tokens of SmolLM2 spends 70 ms here on an Emerald Rapids core, where
-// torch's flash attention took 166.
+// By sampling, a prefill of 512 tokens of SmolLM2 spends 70 ms here on an Emerald Rapids core,
+// where torch's flash attention took 166.
 //
 // For few queries (a decoded token) lanes hold D instead, and reading the keys is what bounds it.
 #pragma once

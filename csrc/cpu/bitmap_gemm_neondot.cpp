@@ -1,11 +1,11 @@
 // bitmap_gemm and bitmap_expand with NEON dot products.
 //
 // 8 bytes of a block at a time: a table of 256 masks says which kept byte belongs where, and tbl
-// puts it there; a place without one gets 0, which is code 0 once the kept bytes are signed. One cnt
-// and one multiplication give where the kept bytes of all eight begin. Tile: 1 panel × up to 4
-// tokens. Bound by expanding, which tokens share: 82 instructions of GCC 12 a block, where 16 loads, 8
-// flips and 8 tbl are the least; then 33 for 4 tokens, 16 of them sdot, and 12 for 1. Arm speed is not
-// yet measured.
+// puts it there; a place without one gets 0, which is code 0 once the kept bytes are signed. One
+// cnt and one multiplication give where the kept bytes of all eight begin. Tile: 1 panel × up to 4
+// tokens. Bound by expanding, which tokens share: 82 instructions of GCC 12 a block, where 16
+// loads, 8 flips and 8 tbl are the least; then 33 for 4 tokens, 16 of them sdot, and 12 for 1. Arm
+// speed is not yet measured.
 #include "neon.h"
 
 #if !defined(__ARM_FEATURE_DOTPROD)

@@ -1,9 +1,9 @@
 // bitmap_sparse_linear: y = x Wᵀ where W keeps any subset of its weights, int8 or floating point.
 //
 // int8 values with int8 activations run as int8_linear does, over weights that are expanded in
-// registers (few tokens) or, four panels at a time, in the second-level cache (many). Floating-point
-// activations become three int8 rows each, so that they share those kernels. Floating-point values
-// run row by row: layers keep such weights dense.
+// registers (few tokens) or, four panels at a time, in the second-level cache (many).
+// Floating-point activations become three int8 rows each, so that they share those kernels.
+// Floating-point values run row by row: layers keep such weights dense.
 #include <algorithm>
 #include <numeric>
 #include <vector>

@@ -4,10 +4,11 @@
 // shift and neither mask nor conversion: 3 instructions for 16 weights.
 //
 // 8 bits: one byte of all 64 entries of a block at once, from 256 bytes in 4 registers (2 vpermi2b
-// and a blend). One token takes entries and inputs as three int8 digits each (split_rows): 3 look-ups
-// and 8 vpdpbusd for 64 weights, or 2 and 6 for entries of 16 bits, where making floats takes 22 instructions before
-// any is used, 17 of them on the two shuffle ports: 4 look-ups, then two rounds of interleaving of
-// codes first transposed 4 × 4 a quarter so that the floats come out by input.
+// and a blend). One token takes entries and inputs as three int8 digits each (split_rows): 3
+// look-ups and 8 vpdpbusd for 64 weights, or 2 and 6 for entries of 16 bits, where making floats
+// takes 22 instructions before any is used, 17 of them on the two shuffle ports: 4 look-ups, then
+// two rounds of interleaving of codes first transposed 4 × 4 a quarter so that the floats come out
+// by input.
 //
 // Several rows share dequantized weights (panel_gemm, 12 rows × 16 outputs in 12 accumulators).
 #include <immintrin.h>

@@ -3,8 +3,8 @@
 // 4 bits: the 16 floats are four registers, and tbl takes their bytes 4·code … 4·code + 3: a shift,
 // mask, multiply-add and tbl for 4 floats, and an fmla; bound by tbl over four registers, which
 // takes two to four cycles. 8 bits: 1 KiB is beyond tbl (16 look-ups of 64 bytes a register), so
-// those run the portable look-ups one by one. A quarter of a block takes GCC 12 61 instructions, 8 of
-// them tbl and 8 fmla. Arm speed is not yet measured.
+// those run the portable look-ups one by one. A quarter of a block takes GCC 12 61 instructions, 8
+// of them tbl and 8 fmla. Arm speed is not yet measured.
 #include "neon.h"
 
 #if !defined(__ARM_FEATURE_DOTPROD)

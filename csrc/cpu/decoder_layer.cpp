@@ -6,8 +6,9 @@
 //
 // One call a layer: a decoded token of SmolLM2 reads 3.5 MB of weights a layer, and what framework
 // and small operators would add to that takes as long again. Reading weights bounds one token, int8
-// products a prompt. Reached on one Emerald Rapids core, whole model, w8a8: 11.2 ms a token, of which
-// 135 MB at the 13.9 GB/s that the run read from memory are 9.7; 1,600 tokens/s of a prompt of 512.
+// products a prompt. Reached on one Emerald Rapids core, whole model, w8a8: 11.2 ms a token, of
+// which 135 MB at the 13.9 GB/s that the run read from memory are 9.7; 1,600 tokens/s of a prompt
+// of 512.
 #include <algorithm>
 #include <vector>
 

@@ -98,8 +98,8 @@ LLMQ_FAMILY(RopeFn, rope)
 LLMQ_FAMILY(AddRowsFn, add_rows)
 
 // AVX2 multiplies int8 at half the rate of floats once the weights' conversion is shared. With
-// AVX-VNNI, 4096×4096 took 0.4 times as long split as in floats for 4 tokens, 0.7 times (8 bits) and
-// as long (4 bits) for 256. On Arm three sdot do 16 products where floats need four fmla.
+// AVX-VNNI, 4096×4096 took 0.4 times as long split as in floats for 4 tokens, 0.7 times (8 bits)
+// and as long (4 bits) for 256. On Arm three sdot do 16 products where floats need four fmla.
 int64_t split_tokens() {
 #if defined(__aarch64__)
   static constexpr int64_t kRow[] = {0, INT64_MAX, INT64_MAX};

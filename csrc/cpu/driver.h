@@ -30,9 +30,9 @@ template <class... Parts>
   throw std::invalid_argument(message.str());
 }
 
-// Scratch memory: one buffer a thread and slot, which grows to the largest call and is kept, so that
-// a steady state allocates nothing. A slot's memory is valid until the same thread asks for that
-// slot again; worker threads may read what the calling thread holds.
+// Scratch memory: one buffer a thread and slot, which grows to the largest call and is kept, so
+// that a steady state allocates nothing. A slot's memory is valid until the same thread asks for
+// that slot again; worker threads may read what the calling thread holds.
 enum class Slot : int {
   codes,
   code_scale,
@@ -117,9 +117,9 @@ struct Activations {
 Activations quantize(const Rows& x, int64_t m, int64_t rows, int64_t group_size,
                      const float* given = nullptr);
 
-// Calls body(begin, end) over units of `work` each, on one thread unless there is more than `grain`:
-// what one core does in some 50 us. Waking a second thread took 10 us while it spun and up to 100 us
-// with passive waiting, on a two-core EPYC Genoa.
+// Calls body(begin, end) over units of `work` each, on one thread unless there is more than
+// `grain`: what one core does in some 50 us. Waking a second thread took 10 us while it spun and up
+// to 100 us with passive waiting, on a two-core EPYC Genoa.
 template <class Body>
 void parallel_units(int64_t units, int64_t work, int64_t grain, const Body& body) {
   if (units * work <= grain) {
@@ -173,7 +173,8 @@ void int8_product(const Int8Weight& w, const float* bias, const Activations& a, 
 void pack_panels8(const uint8_t* codes, int64_t N, int64_t K, uint8_t* packed);
 void pack_panels4(const uint8_t* nibbles, int64_t N, int64_t K, uint8_t* packed);
 
-// Writes rows of float32 y [rows, N] (stride y_stride) into `target`, rows of N elements of `dtype`.
+// Writes rows of float32 y [rows, N] (stride y_stride) into `target`, rows of N elements of
+// `dtype`.
 void store_rows(const float* y, int64_t y_stride, void* target, Dtype dtype, int64_t rows,
                 int64_t N);
 

@@ -3,9 +3,9 @@
 //
 // vpmaddubsw multiplies u8 by s8 and saturates its 16-bit sums of two, so the stored u = w + 128
 // will not do. |w| · sign(x, w) has the same products, at most 128·127·2 < 2¹⁵ a pair, and no
-// correction; that serves few tokens. For more, x ^ s, where s is −1 for negative w and 0 else, costs
-// one of three or four ports where vpsignb takes one of the two that multiply; as x ^ −1 is −x − 1, the
-// sum is too small by Σ_{w<0} |w|, which is counted once a block:
+// correction; that serves few tokens. For more, x ^ s, where s is −1 for negative w and 0 else,
+// costs one of three or four ports where vpsignb takes one of the two that multiply; as x ^ −1 is
+// −x − 1, the sum is too small by Σ_{w<0} |w|, which is counted once a block:
 //
 //     Σ w · x = Σ |w| · (x ^ s) − Σ |w| · s
 //
@@ -14,11 +14,11 @@
 // Torch's dynamic int8, which quantizes x to 7 bits, needs no flip: 64.
 //
 // Reached on one core of a Xeon with 3.1 GHz (149 GOPS at most), whole op, 4096×4096: M = 16 108 to
-// 119, M = 256 105 to 113 (with vpsignb 99 to 108); an EPYC Genoa did 138 with vpsignb, and M = 1 in
-// 930 us (15 to 18 of the 20 to 25 GB/s that it reads).
+// 119, M = 256 105 to 113 (with vpsignb 99 to 108); an EPYC Genoa did 138 with vpsignb, and M = 1
+// in 930 us (15 to 18 of the 20 to 25 GB/s that it reads).
 //
-// Tried: both sides widened to 16 bits, whose vpmaddwd needs neither sign nor vpmaddubsw, 5 tokens a
-// tile: 85 to 92 GOPS at M = 256 where vpsignb reached 137 to 140 in the same run.
+// Tried: both sides widened to 16 bits, whose vpmaddwd needs neither sign nor vpmaddubsw, 5 tokens
+// a tile: 85 to 92 GOPS at M = 256 where vpsignb reached 137 to 140 in the same run.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -41,8 +41,8 @@ int32_t four(const int8_t* x) {
   return bytes;
 }
 
-// dot += |w| · (x ^ negative), 4 products a lane. Not intrinsics: around them GCC 12 keeps more than a
-// few accumulators in memory.
+// dot += |w| · (x ^ negative), 4 products a lane. Not intrinsics: around them GCC 12 keeps more
+// than a few accumulators in memory.
 void add_flipped(__m256i& dot, __m256i magnitude, __m256i negative, __m256i ones, const int8_t* x) {
   __m256i product;
   asm("vpbroadcastd %[x], %[p]\n\t"

@@ -12,13 +12,13 @@
 //
 // A step reads 256 bytes of weights and 24 of x for 24 vpdpbusd, so from 7 tokens on the multiplier
 // (1 a cycle on Zen 4: 473 GOPS measured) is the limit and below it memory (22–25 GB/s measured).
-// Sums start at x_offset, so the + 128 costs nothing; wrapping past 2³¹ on the way is harmless. With
-// groups, float32 sums stay in the first-level cache.
+// Sums start at x_offset, so the + 128 costs nothing; wrapping past 2³¹ on the way is harmless.
+// With groups, float32 sums stay in the first-level cache.
 //
 // Reached on one EPYC Genoa core, whole op, ceilings measured between its runs: 4096×4096: M = 1
-// 25–27 GB/s where a plain loop reads 19–22, M = 8 91 % of the bandwidth and 76 % of the multiplier, M = 16 84 %, M = 64
-// 90 % (groups of 64: 76 %); 11008×4096: M = 64 92 % (78 %), M = 1024 94 % (74 %); 576×576, from
-// cache: M = 64 77 % (63 %).
+// 25–27 GB/s where a plain loop reads 19–22, M = 8 91 % of the bandwidth and 76 % of the
+// multiplier, M = 16 84 %, M = 64 90 % (groups of 64: 76 %); 11008×4096: M = 64 92 % (78 %), M =
+// 1024 94 % (74 %); 576×576, from cache: M = 64 77 % (63 %).
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -30,9 +30,9 @@
 namespace llmq {
 namespace {
 
-// What a tile fetches besides the weights that it reads: nothing; what it reads 32 blocks later (one
-// tile of tokens: memory is the limit); or its half of the next panels (several tiles: while they
-// compute, so that neither memory nor the multiplier waits for the other).
+// What a tile fetches besides the weights that it reads: nothing; what it reads 32 blocks later
+// (one tile of tokens: memory is the limit); or its half of the next panels (several tiles: while
+// they compute, so that neither memory nor the multiplier waits for the other).
 enum class Fetch { none, ahead, next };
 // Into the second-level cache, which waits for more lines at once than the first: 20 to 30 % faster
 // from memory than fetching into the first, and past a plain loop of loads.

@@ -1,15 +1,16 @@
-// int8_gemm with AVX-VNNI, on CPUs without AVX-512, with u = w + 128 as panels8 hold it (kernels.h):
+// int8_gemm with AVX-VNNI, on CPUs without AVX-512, with u = w + 128 as panels8 hold it
+// (kernels.h):
 //
 //     y[m, n] = Σ_g x_scale[m, g] · (Σ_k∈g u[n, k] · x[m, k] + x_offset[m, g])
 //               · weight_scale[n] + bias[n]
 //
 // Tile: P panels (2P registers of 8 outputs) × T tokens, 12 sums in registers, 2 weights, 1 input:
 // 2 panels × up to 3 tokens, where several streams of weights keep memory busy, or 1 × up to 6. A
-// vpdpbusd does 32 products, two a cycle, for which a step of 6 tokens reads 64 bytes of weights and
-// 24 of x: 12 vpdpbusd to 8 loads.
+// vpdpbusd does 32 products, two a cycle, for which a step of 6 tokens reads 64 bytes of weights
+// and 24 of x: 12 vpdpbusd to 8 loads.
 //
-// Reached on one core of a Xeon with 3.1 GHz (397 GOPS at most) held to AVX-VNNI, whole op: 4096×4096:
-// M = 16 319 to 323 GOPS, M = 256 361 to 376; 576×576: M = 256 347 to 373.
+// Reached on one core of a Xeon with 3.1 GHz (397 GOPS at most) held to AVX-VNNI, whole op:
+// 4096×4096: M = 16 319 to 323 GOPS, M = 256 361 to 376; 576×576: M = 256 347 to 373.
 #include <immintrin.h>
 
 #include "kernels.h"

@@ -3,8 +3,8 @@
 //
 // A block of 64 bytes is four registers of 4 outputs × 4 inputs, as sdot takes them; flipping the
 // top bit makes u = w + 128 signed, so x_offset is not needed. Tile: 1 panel × up to 6 tokens, 24
-// accumulators. Bound by sdot for 6 tokens, by memory for 1: a block takes GCC 12 51 instructions for
-// 6 tokens, of which 24 are sdot, and 16 for 1, of which 4. Arm speed is not yet measured.
+// accumulators. Bound by sdot for 6 tokens, by memory for 1: a block takes GCC 12 51 instructions
+// for 6 tokens, of which 24 are sdot, and 16 for 1, of which 4. Arm speed is not yet measured.
 #include "neon.h"
 
 #if !defined(__ARM_FEATURE_DOTPROD)

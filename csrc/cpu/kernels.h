@@ -46,8 +46,8 @@ ConvertRowsFn from_float_portable, from_float_avx2, from_float_avx512vnni, from_
 // quantize_rows: symmetric int8 codes, one scale a token or group of inputs
 // scale = max|x| / 127, code = round_half_even(x · (127 / max|x|)); a row whose max|x| is at most
 // 1e-30 gets codes 0 and its own scale, one with NaN or infinity codes 0 and scale NaN.
-// With a given scale, code = round_half_even(clamp(x · (1 / scale), ±127)), in one pass; a given scale
-// that is not in (1e-30, infinity) is as an input that is NaN.
+// With a given scale, code = round_half_even(clamp(x · (1 / scale), ±127)), in one pass; a given
+// scale that is not in (1e-30, infinity) is as an input that is NaN.
 struct QuantizeRows {
   const void* x;  // [rows, K]
   int64_t x_stride;
@@ -110,8 +110,8 @@ BitmapExpandFn bitmap_expand_portable, bitmap_expand_avx2, bitmap_expand_avx512v
     bitmap_expand_neondot;
 
 // Grouped weights: weight_only_linear and codebook_linear
-// Their kernels take one panel and a tile of up to kTile rows whose inputs lie side by side, so that
-// one pointer walks x and each weight, once in a register, serves every row:
+// Their kernels take one panel and a tile of up to kTile rows whose inputs lie side by side, so
+// that one pointer walks x and each weight, once in a register, serves every row:
 //     floats  x [K, rows];    codes  x [K4, rows, 4], K filled up with zeros to whole blocks.
 // A segment is a run of inputs under one scale of weight and activation; the last may be shorter.
 // Except in portable kernels it holds whole blocks. y [rows, 16] has neither bias nor dtype yet.
@@ -129,10 +129,10 @@ struct PanelScales {
 using PanelScalesFn = void(const PanelScales&);
 PanelScalesFn panel_scales_portable, panel_scales_avx2, panel_scales_avx512vnni;
 
-// Splits float32 rows into three int8 digits an input: x ≈ scale · (B²·a + B·b + c), where max|x| of
-// a segment is close to 127 · (B² + B + 1). B = 256, or 255 for AVX2, whose products take no −128.
-// Returns false if a row is beyond what they can hold: NaN, infinity, or a segment whose max|x| is
-// over 1e30 or under 1e-30 without being zero.
+// Splits float32 rows into three int8 digits an input: x ≈ scale · (B²·a + B·b + c), where max|x|
+// of a segment is close to 127 · (B² + B + 1). B = 256, or 255 for AVX2, whose products take no
+// −128. Returns false if a row is beyond what they can hold: NaN, infinity, or a segment whose
+// max|x| is over 1e30 or under 1e-30 without being zero.
 struct SplitRows {
   const float* x;  // [rows, x_stride]
   int64_t x_stride, rows, K, segment;

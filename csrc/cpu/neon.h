@@ -1,5 +1,5 @@
-// What the NEON files share. All of it has internal linkage: each file is compiled with flags of its
-// own (see kernels.h).
+// What the NEON files share. All of it has internal linkage: each file is compiled with flags of
+// its own (see kernels.h).
 #pragma once
 
 #include <arm_neon.h>

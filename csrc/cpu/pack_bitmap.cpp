@@ -1,6 +1,6 @@
-// Between canonical bitmap weights (values row by row) and the bitmap panels of kernels.h. Both ways
-// are exact: what is kept stays kept, zeros among them. Here, and only here, positions are checked
-// against counts; kernels trust the panels that they are given.
+// Between canonical bitmap weights (values row by row) and the bitmap panels of kernels.h. Both
+// ways are exact: what is kept stays kept, zeros among them. Here, and only here, positions are
+// checked against counts; kernels trust the panels that they are given.
 #include <bit>
 #include <cstring>
 #include <vector>

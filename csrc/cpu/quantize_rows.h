@@ -10,9 +10,9 @@ namespace {
 // The bits of |x| order finite values, infinity, NaN.
 constexpr uint32_t kInfinity = 0x7f800000;
 
-// largest_magnitude(x, count): the bits of max|x|. encode(x, count, inverse, codes, null) writes the
-// codes and returns their sum; encode_given(…, largest) clamps them and tells the bits of max|x|;
-// clear(codes, count) writes zeros.
+// largest_magnitude(x, count): the bits of max|x|. encode(x, count, inverse, codes, null) writes
+// the codes and returns their sum; encode_given(…, largest) clamps them and tells the bits of
+// max|x|; clear(codes, count) writes zeros.
 template <class Element, auto largest_magnitude, auto encode, auto encode_given, auto clear>
 void quantize_groups(const QuantizeRows& q) {
   const int64_t groups = q.K == 0 ? 1 : q.K / q.group_size;

@@ -1,5 +1,5 @@
-// quantize_rows with AVX2: two passes over a row or group, the second from the first-level cache; one
-// where the scale is given.
+// quantize_rows with AVX2: two passes over a row or group, the second from the first-level cache;
+// one where the scale is given.
 #include <immintrin.h>
 
 #include "quantize_rows.h"

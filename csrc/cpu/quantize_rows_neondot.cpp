@@ -1,10 +1,10 @@
-// quantize_rows with NEON: two passes over a row or group, the second from the first-level cache; one
-// where the scale is given.
+// quantize_rows with NEON: two passes over a row or group, the second from the first-level cache;
+// one where the scale is given.
 //
 // 16 inputs a step: a load, an and and a maximum for each register of 4 in the first pass; a load,
 // a product and a conversion in the second, then three narrowings, and one sdot that sums the 16
-// codes. Bound by those instructions, not by memory: of GCC 12 15 and 18 for 16 float32 inputs, 4 and
-// 9 of them to load and store or to loop. Arm speed is not yet measured.
+// codes. Bound by those instructions, not by memory: of GCC 12 15 and 18 for 16 float32 inputs, 4
+// and 9 of them to load and store or to loop. Arm speed is not yet measured.
 #include <arm_neon.h>
 
 #include "quantize_rows.h"

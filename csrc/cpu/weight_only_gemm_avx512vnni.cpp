@@ -15,8 +15,8 @@
 namespace llmq {
 namespace {
 
-// Bytes between the block in use and the one to fetch, into the second-level cache: it waits for more
-// lines at once than the first, and one stream must have some 50 under way.
+// Bytes between the block in use and the one to fetch, into the second-level cache: it waits for
+// more lines at once than the first, and one stream must have some 50 under way.
 constexpr int64_t kAhead = 8192;
 
 // What max|x| becomes: 127 below the largest sum of three digits, so that rounding cannot pass it.

@@ -1,7 +1,7 @@
 // weight_only_linear with int8 activations on AVX-VNNI: a vpdpbusd for 8 outputs × 4 inputs, or two
-// for the nibbles of 8. Nothing saturates, so stored codes are operands as they are. Tile: a panel × 6
-// rows. Reached on one core of a Xeon held to it, 4096×4096, w4a8 in groups of 32: M = 1 400 us (AVX2
-// 580), M = 256 43 ms (62).
+// for the nibbles of 8. Nothing saturates, so stored codes are operands as they are. Tile: a panel
+// × 6 rows. Reached on one core of a Xeon held to it, 4096×4096, w4a8 in groups of 32: M = 1 400 us
+// (AVX2 580), M = 256 43 ms (62).
 #include "weight_only_int8.h"
 
 #if !defined(__AVXVNNI__) || defined(__AVX512F__)

@@ -1,8 +1,8 @@
 // weight_only_linear with NEON dot products.
 //
 // int8 activations: tile of 1 panel × up to 6 rows in 24 accumulators, one sdot for 4 outputs × 4
-// inputs × 1 row; bytes are made signed by flipping their top bit, nibbles are operands as they are.
-// Float activations come as three int8 digits (split_rows): three sdot and no decoding for 16
+// inputs × 1 row; bytes are made signed by flipping their top bit, nibbles are operands as they
+// are. Float activations come as three int8 digits (split_rows): three sdot and no decoding for 16
 // products, where floats need four fmla and a shift, mask, subtraction and conversion a register.
 // Bound by sdot for 6 rows, by memory for 1. Where digits cannot hold x, several rows share
 // dequantized weights (panel_gemm, 6 rows × 16 outputs). Instructions of GCC 12 for 6 rows: a block
@@ -118,7 +118,8 @@ void dequantize(const WeightOnlyPanel& p) {
   }
 }
 
-// Without the pragmas GCC 12 unrolls late and stores all sums at each step: 63 instructions, not 40.
+// Without the pragmas GCC 12 unrolls late and stores all sums at each step: 63 instructions,
+// not 40.
 template <int kRows>
 void panel_gemm(const PanelGemm& g, int64_t row) {
   float* const y = g.y + row * kPanel;

@@ -1,6 +1,6 @@
-// weight_only_linear without an instruction set of its own, for any segment: one input of 16 outputs
-// at a time, in the 128-bit vectors that every target of GCC and Clang has. Also serves, on every
-// instruction set, segments that end inside a block.
+// weight_only_linear without an instruction set of its own, for any segment: one input of 16
+// outputs at a time, in the 128-bit vectors that every target of GCC and Clang has. Also serves, on
+// every instruction set, segments that end inside a block.
 //
 // Integer dot products run in float32, exact while below 2^24: 255 · 127 · 512 is.
 #include <cstring>

@@ -1,8 +1,9 @@
 // bitmap_sparse_linear for few tokens: y = x Wᵀ + bias of which one bit a weight and the values are
 // read: W int8 with int8 or floating-point inputs, or in the inputs' own type.
 //
-// At density d a weight is d + 0.13 bytes (int8; 2d + 0.14 otherwise). Of an H100's bandwidth, issuing
-// the instructions of up to 8 tokens allows (benchmarks/results/static/cuda.json; not yet measured)
+// At density d a weight is d + 0.13 bytes (int8; 2d + 0.14 otherwise). Of an H100's bandwidth,
+// issuing the instructions of up to 8 tokens allows (benchmarks/results/static/cuda.json; not yet
+// measured)
 //
 //     values  inputs  instructions a weight   at d = 0.5   at d = 0.3
 //     int8    int8                      3.4         1.66         1.14

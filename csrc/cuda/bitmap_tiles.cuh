@@ -1,17 +1,17 @@
 // Bitmap tiles (kernels.h) as the weights of small_gemm.cuh.
 //
-// Lane 4·g + t decodes groups of 8 int8 weights (2 units of 4 inputs) or 4 weights of 16 bits: at most
-// 8 bytes of values. A block is 4 groups a lane, of one pair of units or one unit; its group 2r + h is
-// of row 16r + 8h + g. A run holds what the 4 lanes of g need of a chunk, in the order
+// Lane 4·g + t decodes groups of 8 int8 weights (2 units of 4 inputs) or 4 weights of 16 bits: at
+// most 8 bytes of values. A block is 4 groups a lane, of one pair of units or one unit; its group
+// 2r + h is of row 16r + 8h + g. A run holds what the 4 lanes of g need of a chunk, in the order
 //
 //     block | group | lane t | weight
 //
-// Where a lane's values begin is thus the sum of the counts of all blocks before, all groups before and
-// the lanes before, of 4 lanes only. Tensor cores take it: A holds the counts, B zeros and ones.
-// cp.async takes the 8 runs from wherever they begin to places 33 units of 16 bytes apart, so that
-// what a warp reads of all of them at once lies side by side: on average fewer than two lanes meet in a
-// bank. And for PRMT, which puts a group's values to their places, the product of the group's bits,
-// spread to nibbles, with 0x1110 holds in each nibble how many bits are set below.
+// Where a lane's values begin is thus the sum of the counts of all blocks before, all groups before
+// and the lanes before, of 4 lanes only. Tensor cores take it: A holds the counts, B zeros and
+// ones. cp.async takes the 8 runs from wherever they begin to places 33 units of 16 bytes apart, so
+// that what a warp reads of all of them at once lies side by side: on average fewer than two lanes
+// meet in a bank. And for PRMT, which puts a group's values to their places, the product of the
+// group's bits, spread to nibbles, with 0x1110 holds in each nibble how many bits are set below.
 #pragma once
 
 #include "rows.cuh"

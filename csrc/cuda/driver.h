@@ -66,8 +66,8 @@ struct Device {
 // Contiguous and from a multiple of 16 bytes on: as it is, or copied.
 Tensor aligned(const Tensor& tensor);
 
-// Memory of torch's allocator on x's device, which keeps it for the stream until work there is done:
-// a graph that captures the call keeps its own.
+// Memory of torch's allocator on x's device, which keeps it for the stream until work there is
+// done: a graph that captures the call keeps its own.
 Tensor empty_on(const Tensor& x, std::initializer_list<int64_t> sizes, ScalarType type);
 Tensor empty_output(const Tensor& x, int64_t N);  // [..., N] in x's dtype
 
@@ -87,7 +87,8 @@ const float* scales(const char* op, const Tensor& scale, int64_t N);
 // What every op shares: sizes, bias and y.
 SmallGemm gemm_of(const char* op, const Tensor& x, const OptionalTensor& bias, const Tensor& y);
 
-// Sets splits and workspace of a SmallGemm and calls launcher(g): weights in chunks of so many inputs.
+// Sets splits and workspace of a SmallGemm and calls launcher(g): weights in chunks of so many
+// inputs.
 template <class Launcher>
 void run_small_gemm(const Tensor& x, SmallGemm g, int chunk, const Device& device,
                     const Launcher& launcher) {

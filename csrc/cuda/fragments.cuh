@@ -1,7 +1,7 @@
 // Codes to A fragments of mma, in registers: no conversion instruction, one FMA a pair at most two.
 //
-// A code u placed in the mantissa of a float of the right exponent is 2^e + u; one FMA takes 2^e and
-// the zero point away, exactly. `zero` is what it adds, twice, by zero_word.
+// A code u placed in the mantissa of a float of the right exponent is 2^e + u; one FMA takes 2^e
+// and the zero point away, exactly. `zero` is what it adds, twice, by zero_word.
 //   f16   int8  0x64uu = 1024 + u with u = code + 128
 //         int4  0x640u = 1024 + u; 0x64u0 = 1024 + 16u, times 1/16, whose zero is 960 more
 //   bf16  int4  0x430u = 128 + u

@@ -43,7 +43,8 @@ constexpr int block_tokens(int64_t M) { return M <= 8 ? 8 : M <= 16 ? 16 : 32; }
 constexpr int chunk_inputs(int bits) { return 128 * 8 / bits; }  // 128 bytes of a row
 
 // Bitmap tiles hold a sparse weight in strips of 32 outputs and chunks of bitmap_chunk inputs
-// (llmq/formats/bitmap_tiles.py packs and unpacks them, bitmap_tiles.cuh says what lanes make of them):
+// (llmq/formats/bitmap_tiles.py packs and unpacks them, bitmap_tiles.cuh says what lanes make of
+// them):
 //
 //     bitmask  [strips, chunks, 1, bytes], each of them
 //              uint16 [8 runs, 2]           a run's first value, and the units of 16 bytes that it
@@ -65,9 +66,9 @@ void bitmap_expand(const SmallGemm& g, int value_bytes, void* stream);  // into 
 
 inline constexpr int kSparseChunk = 128;  // inputs: 64 bytes of values, 16 of metadata of an output
 
-// How the 2:4 kernel shares out its work: a block has row_warps × token_warps warps, or warpgroups of 4
-// where they multiply with wgmma, each of row_tiles × token_tiles tiles of 16 outputs and 8 tokens; and
-// so many chunks in shared memory.
+// How the 2:4 kernel shares out its work: a block has row_warps × token_warps warps, or warpgroups
+// of 4 where they multiply with wgmma, each of row_tiles × token_tiles tiles of 16 outputs and 8
+// tokens; and so many chunks in shared memory.
 struct SparsePlan {
   int row_tiles, token_tiles, row_warps, token_warps, stages;
   bool wgmma;
@@ -79,8 +80,8 @@ struct SparsePlan {
     return outputs() * (kSparseChunk / 2 + kSparseChunk / 8) + tokens() * kSparseChunk;
   }
   constexpr int bytes() const { return stages * chunk_bytes(); }
-  // Cycles that shared memory takes for a chunk, 128 bytes each: what comes in, and what warps load,
-  // the tokens once a row of them and values and metadata once a column.
+  // Cycles that shared memory takes for a chunk, 128 bytes each: what comes in, and what warps
+  // load, the tokens once a row of them and values and metadata once a column.
   constexpr int wavefronts() const {
     const int of_outputs = outputs() * (kSparseChunk / 2 + kSparseChunk / 8);
     const int of_tokens = tokens() * kSparseChunk;
@@ -96,8 +97,8 @@ inline constexpr SparsePlan kSparsePlans[] = {
     {4, 24, 4, 1, 5, true},   // 256 × 192
 };
 
-// The plan with which the multiprocessor that has most to do is done first, if shared memory is what
-// it waits for; of equal ones the last.
+// The plan with which the multiprocessor that has most to do is done first, if shared memory is
+// what it waits for; of equal ones the last.
 constexpr int choose_sparse_plan(int64_t M, int64_t N, int multiprocessors, int shared_bytes,
                                  bool wgmma) {
   int best = 0;
@@ -131,8 +132,8 @@ struct SparseGemm {
 void semi_structured_gemm(const SparseGemm& g, void* stream);
 bool semi_structured_has_wgmma();  // of the current device, and compiled for it
 
-// quantize_activation: symmetric int8 codes, one scale a token or group of inputs, or a given one for
-// all, as llmq/formats/activation.py to the bit.
+// quantize_activation: symmetric int8 codes, one scale a token or group of inputs, or a given one
+// for all, as llmq/formats/activation.py to the bit.
 struct QuantizeRows {
   const void* x;  // [groups, group_size]
   Dtype x_dtype;

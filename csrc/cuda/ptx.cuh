@@ -1,6 +1,6 @@
 // One thin wrapper an instruction, under the instruction's own name; kernels hold no inline PTX and
-// touch memory only through these. Built with LLMQ_CUDA_EMULATOR the same names run on the CPU, where
-// every access is checked (tests/cuda_emulator).
+// touch memory only through these. Built with LLMQ_CUDA_EMULATOR the same names run on the CPU,
+// where every access is checked (tests/cuda_emulator).
 //
 // Fragments of mma, of lane 4·g + t (g = 0 … 7, t = 0 … 3), elements low to high in a register:
 //   m16n8k16 f16   a0 row g,   columns 2t, 2t+1       a2 the same, columns + 8
@@ -12,8 +12,8 @@
 //                  metadata of every lane (selector 0): row g + 8·(t % 2), columns 32·(t / 2) and
 //                  31 more, from the low nibble on one for 4 columns: first place | second << 2
 //   c, d           c0, c1 row g, columns 2t, 2t+1     c2, c3 row g+8
-// wgmma m64n192k64 s8, of 4 warps: metadata and d of warp w are those of m16n8k64 for the 16 rows from
-// 16·w on, of which d has 24, one for 8 columns.
+// wgmma m64n192k64 s8, of 4 warps: metadata and d of warp w are those of m16n8k64 for the 16 rows
+// from 16·w on, of which d has 24, one for 8 columns.
 #pragma once
 
 #include <cstddef>
@@ -257,8 +257,8 @@ LLMQ_PTX void wgmma_sp(int32_t (&d)[96], uint64_t a, uint64_t b, uint32_t metada
 
 // Bits and numbers
 
-// a, of which the compiler knows nothing: what follows from it is found here and kept in no register
-// from before a loop.
+// a, of which the compiler knows nothing: what follows from it is found here and kept in no
+// register from before a loop.
 LLMQ_PTX int opaque(int a) {
   asm volatile("" : "+r"(a));
   return a;
@@ -318,8 +318,9 @@ LLMQ_PTX float div(float a, float b) { return __fdiv_rn(a, b); }
 
 namespace llmq::ptx {
 
-// What a matrix of wgmma is in shared memory: rows of 128 (64) bytes, from a multiple of 1024 (512) on,
-// whose unit of 16 bytes stands at unit ^ row % 8 (unit ^ row / 2 % 4); `start` may be within a row.
+// What a matrix of wgmma is in shared memory: rows of 128 (64) bytes, from a multiple of 1024 (512)
+// on, whose unit of 16 bytes stands at unit ^ row % 8 (unit ^ row / 2 % 4); `start` may be within a
+// row.
 template <int kRowBytes>
 LLMQ_PTX uint64_t wgmma_matrix(const void* start) {
   static_assert(kRowBytes == 128 || kRowBytes == 64);

@@ -1,6 +1,6 @@
-// quantize_activation: scale = max|x| / 127, code = round_half_even(x · (127 / max|x|)); codes 0 and
-// scale NaN where max|x| is infinite or NaN. A block a token or group: reading x twice bounds it, from
-// L2 the second time; once where the scale is given. Not yet measured.
+// quantize_activation: scale = max|x| / 127, code = round_half_even(x · (127 / max|x|)); codes 0
+// and scale NaN where max|x| is infinite or NaN. A block a token or group: reading x twice bounds
+// it, from L2 the second time; once where the scale is given. Not yet measured.
 #include "floats.cuh"
 #include "kernels.h"
 
@@ -28,8 +28,8 @@ LLMQ_PTX uint32_t block_max(uint32_t value, uint32_t* shared) {
   return value;
 }
 
-// code = round_half_even(clamp(x · (1 / scale), ±127)) with the scale that is given; 0, and NaN for the
-// scale, where that is not in (1e-30, infinity) or an input of the row is infinite or NaN.
+// code = round_half_even(clamp(x · (1 / scale), ±127)) with the scale that is given; 0, and NaN for
+// the scale, where that is not in (1e-30, infinity) or an input of the row is infinite or NaN.
 __global__ void __launch_bounds__(kThreads) quantize_given(const QuantizeRows q) {
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t x = static_cast<int64_t>(blockIdx.x) * q.group_size;

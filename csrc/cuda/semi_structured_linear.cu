@@ -24,9 +24,9 @@
 //     wavefronts       3.38        2.44        2.19        1.88        1.67
 //     bytes             144         104          72          59          59
 //
-// of an mma, a cycle a wavefront, where an mma takes tensor cores of an A100 2 cycles, of an H100 one by the data sheets (and 38 bytes
-// of L2 a cycle and multiprocessor would be 1.5). Not yet measured. 96 × 64 a warp would take 1.77, but
-// a register more than there are on some GPUs.
+// of an mma, a cycle a wavefront, where an mma takes tensor cores of an A100 2 cycles, of an H100
+// one by the data sheets (and 38 bytes of L2 a cycle and multiprocessor would be 1.5). Not yet
+// measured. 96 × 64 a warp would take 1.77, but a register more than there are on some GPUs.
 #include "floats.cuh"
 #include "kernels.h"
 #include "ptx.cuh"
@@ -50,16 +50,18 @@ struct Plan {
   static_assert(kStageBytes == kX + kTokens * kSparseChunk);
   static_assert(kOutputs % kWarpOutputs == 0 && kTokens == kTokenWarps * kWarpTokens);
   static_assert(kThreads == (kWgmma ? 2 : 1) * kOutputs);
-  // Sums are [tokens, outputs]; 2 rows on are 8 banks on, where 4 lanes' tokens and 8 outputs fit in.
+  // Sums are [tokens, outputs]; 2 rows on are 8 banks on, where 4 lanes' tokens and 8 outputs fit
+  // in.
   static constexpr int kSumRow = kOutputs + 4;
   static_assert(kWarpTokens * kSumRow * 4 <= kStages * kStageBytes);
-  // wgmma wants a step's inputs side by side: units stand in the order 0, 2, 1, 3, of tokens in twos.
+  // wgmma wants a step's inputs side by side: units stand in the order 0, 2, 1, 3, of tokens in
+  // twos.
   LLMQ_PTX static int value_unit(int unit) { return kWgmma ? unit % 2 * 2 + unit / 2 : unit; }
   LLMQ_PTX static int token_unit(int unit) { return value_unit(unit / 2) * 2 + unit % 2; }
 };
 
-// Where a unit of 16 bytes stands in a stage, so that neither copies nor loads meet a bank twice. The
-// same 16 rows on; and the next unit, or two, is one bit (the XORs below).
+// Where a unit of 16 bytes stands in a stage, so that neither copies nor loads meet a bank twice.
+// The same 16 rows on; and the next unit, or two, is one bit (the XORs below).
 LLMQ_PTX int value_at(int row, int unit) { return row * kValueBytes + (unit ^ row / 2 % 4) * 16; }
 LLMQ_PTX int meta_at(int row) { return (row ^ row / 8 % 2 * 4) * kMetaBytes; }
 LLMQ_PTX int token_at(int token, int unit) {
@@ -217,9 +219,9 @@ __global__ void __launch_bounds__(Plan<kPlan>::kThreads, 256 / Plan<kPlan>::kThr
   }
 }
 
-// The same by wgmma: warpgroups of 4 warps take 64 outputs each and read the tokens once for all four.
-// A chunk is waited for before the metadata of the next may come into registers; what is copied
-// meanwhile hides that. Code for other GPUs is empty, and its launch bounds tell.
+// The same by wgmma: warpgroups of 4 warps take 64 outputs each and read the tokens once for all
+// four. A chunk is waited for before the metadata of the next may come into registers; what is
+// copied meanwhile hides that. Code for other GPUs is empty, and its launch bounds tell.
 template <int kPlan>
 __global__ void __launch_bounds__(ptx::kHasWgmma ? Plan<kPlan>::kThreads : 32, 1)
     sparse_wgmma(const SparseGemm g) {

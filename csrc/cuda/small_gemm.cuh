@@ -6,11 +6,11 @@
 //             them on their way by cp.async; one barrier a chunk
 //
 // The weights are the rows of mma (16) and the tokens its columns (8): one token costs no more than
-// eight. Each lane keeps its sums in registers to the end; those of the slices meet in global memory,
-// where the last block to arrive adds them in order: the result does not depend on timing. Where a
-// group's scale enters is known to the compiler (kGroup), which leaves nothing to ask in the loop.
-// Read bandwidth bounds it; what it reaches is not yet measured. What instructions, shared memory and
-// bytes on their way allow is in benchmarks/results/static/cuda.json.
+// eight. Each lane keeps its sums in registers to the end; those of the slices meet in global
+// memory, where the last block to arrive adds them in order: the result does not depend on timing.
+// Where a group's scale enters is known to the compiler (kGroup), which leaves nothing to ask in
+// the loop. Read bandwidth bounds it; what it reaches is not yet measured. What instructions,
+// shared memory and bytes on their way allow is in benchmarks/results/static/cuda.json.
 #pragma once
 
 #include <algorithm>
@@ -30,7 +30,8 @@ inline constexpr int kTiles = 2;  // of outputs, a warp
 inline constexpr int kTileRows = 16;
 inline constexpr int kWarpOutputs = kTiles * kTileRows;
 inline constexpr int kUnits = 8;  // of 16 bytes of weights, a row and chunk
-// Of inputs that share a scale: one a row (and no zero point), or so many inputs, or any multiple of 32.
+// Of inputs that share a scale: one a row (and no zero point), or so many inputs, or any multiple
+// of 32.
 inline constexpr int kOneScale = 0, kAnyGroup = 1;
 static_assert(kWarps * kWarpOutputs == kBlockOutputs);
 
@@ -41,8 +42,8 @@ LLMQ_PTX int least(int a, int b) { return a < b ? a : b; }
 // A token's inputs of a chunk are a row in shared memory, in units of 16 bytes at
 // (unit ^ swizzle(token)), so that neither copies nor loads meet a bank twice.
 
-// Where a unit is, the sum of one that is known to the compiler and of the lane's: 128 bytes on it is
-// the same address and an offset.
+// Where a unit is, the sum of one that is known to the compiler and of the lane's: 128 bytes on it
+// is the same address and an offset.
 LLMQ_PTX int place(int unit, int of_lane, int swizzle) {
   return (unit / 8 * 8 + ((unit % 8 + of_lane) ^ swizzle)) * 16;
 }
@@ -166,7 +167,8 @@ struct Plan {
   static constexpr int kStages = 3 * kStageBytes <= 80 * 1024 ? 3 : 2;
   static constexpr int kScales = kStages * kStageBytes;
   static constexpr int kBytes = kScales + kWarps * Folds<Weight, X, kGroup>::kBytes;
-  // A multiprocessor: three where 168 registers do, and the 228 KB of an H100, of which each takes 1.
+  // A multiprocessor: three where 168 registers do, and the 228 KB of an H100, of which each
+  // takes 1.
   static constexpr bool kLight =
       kGroup != kAnyGroup && (kT == 1 || (kT == 2 && !Folds<Weight, X, kGroup>::kZeros));
   // Unrolled in full, the loop of 4-bit weights would take more registers than there are.
@@ -277,8 +279,9 @@ LLMQ_PTX bool reduce(const SmallGemm& g, Sum (&sums)[kCount], const Wanted& want
   return true;
 }
 
-// `Weight` says how a warp's rows of a chunk come to shared memory and from there to A fragments. Its
-// load gives each lane, of 32 inputs a part, units of 4 or 8 inputs as `floats` or mma want them.
+// `Weight` says how a warp's rows of a chunk come to shared memory and from there to A fragments.
+// Its load gives each lane, of 32 inputs a part, units of 4 or 8 inputs as `floats` or mma want
+// them.
 template <class Weight, class X, int kT, int kGroup>
 __global__ void __launch_bounds__(kThreads, (Plan<Weight, X, kT, kGroup>::kBlocks))
     small_gemm(const SmallGemm g) {

@@ -4,9 +4,9 @@
 // f16), 2 (int8 to bf16; 2.5 with a zero point), 1.1 or 1.4 (int4) instructions a weight. Scales
 // multiply the float sum of each group, not the weights, so that the codes enter mma exactly.
 //
-// With x as int8 codes (4 bits alone) y = Σ_groups x_scale · scale · (Σ x q − zero_point · Σ x): both
-// sums in int32, the second by an mma with ones, which all outputs of a warp share; 0.4 instructions
-// a weight make int8 of nibbles.
+// With x as int8 codes (4 bits alone) y = Σ_groups x_scale · scale · (Σ x q − zero_point · Σ x):
+// both sums in int32, the second by an mma with ones, which all outputs of a warp share; 0.4
+// instructions a weight make int8 of nibbles.
 #include "rows.cuh"
 
 namespace llmq::cuda {

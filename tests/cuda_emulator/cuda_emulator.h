@@ -1,12 +1,12 @@
 // Runs CUDA kernels on the CPU, strictly: what works by luck on a GPU is an error here.
 //
-// Each thread of a block is a fiber; it runs until a barrier or a warp instruction, and the lanes of
-// a warp (the threads of a block) must meet at the same one, on the same line of source. Shared
-// memory starts as poison. Reading what no barrier orders after its write, reading what cp.async has
-// not delivered, leaving the registered global memory, and odd addresses are errors. So is what wgmma,
-// which runs on its own, reads without a fence after the write, or is overwritten while it reads; its
-// sums are poison until it was waited for. Blocks run one after another, in an order that `seed`
-// shuffles.
+// Each thread of a block is a fiber; it runs until a barrier or a warp instruction, and the lanes
+// of a warp (the threads of a block) must meet at the same one, on the same line of source. Shared
+// memory starts as poison. Reading what no barrier orders after its write, reading what cp.async
+// has not delivered, leaving the registered global memory, and odd addresses are errors. So is what
+// wgmma, which runs on its own, reads without a fence after the write, or is overwritten while it
+// reads; its sums are poison until it was waited for. Blocks run one after another, in an order
+// that `seed` shuffles.
 #pragma once
 
 #include <setjmp.h>
@@ -51,7 +51,8 @@ struct Counters {
   int64_t weight_sectors = 0, weight_ideal_sectors = 0;  // of memory whose name begins with weight
   int64_t shared_requests = 0, shared_wavefronts = 0, shared_ideal_wavefronts = 0;
   int64_t mma = 0, barriers = 0;
-  // The most of any block: its shared memory, and what of memory other than x cp.async had to bring.
+  // The most of any block: its shared memory, and what of memory other than x cp.async had to
+  // bring.
   int64_t shared_bytes = 0, bytes_in_flight = 0;
 };
 
@@ -263,8 +264,8 @@ class Block {
   void fence_async() { ++threads_[current_].fences; }
   void fence_products() { async_[current_ / kWarp].fenced = true; }
 
-  // Runs `perform` when it is waited for; until then it reads units of 16 bytes, eight at once. What
-  // the four warps of a warpgroup issue must be the same `operands`.
+  // Runs `perform` when it is waited for; until then it reads units of 16 bytes, eight at once.
+  // What the four warps of a warpgroup issue must be the same `operands`.
   void issue(const std::vector<size_t>& units, std::vector<uint64_t> operands,
              std::function<void()> perform, const Site& site) {
     const unsigned warp = current_ / kWarp;

@@ -1,7 +1,7 @@
 // Compares every microkernel of every instruction set that runs here with the portable one.
 //
-// Inputs are small integers and scales powers of two where a kernel adds floats, so that each sum is
-// exact in any order: results must be equal to the bit. Buffers end at an unreadable page.
+// Inputs are small integers and scales powers of two where a kernel adds floats, so that each sum
+// is exact in any order: results must be equal to the bit. Buffers end at an unreadable page.
 // Prints the instruction sets compared, a line each; exits with 1 at the first difference.
 #include <sys/mman.h>
 #include <unistd.h>
