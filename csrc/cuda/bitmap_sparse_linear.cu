@@ -15,6 +15,7 @@
 // emulator counts 1.27 and 1.15 wavefronts for 32 int8 weights at these densities.
 // For more tokens `expand` writes the matrix out, for a dense product to take.
 #include "bitmap_tiles.cuh"
+#include "launch_small_gemm.cuh"
 
 namespace llmq::cuda {
 namespace {

@@ -44,7 +44,8 @@ struct Bitmap {
         chunk(begin_chunk),
         chunks((g.K + kChunk - 1) / kChunk) {
     // A warp without outputs does as the last one that has some.
-    const int64_t at = static_cast<int64_t>(least(first, g.N - 1) / kWarpOutputs) * chunks + chunk;
+    const int64_t at =
+        static_cast<int64_t>(ptx::min(first, g.N - 1) / kWarpOutputs) * chunks + chunk;
     header = g.bitmask + at * kMaskBytes;
     offset = g.offsets + at;
     find(lane);

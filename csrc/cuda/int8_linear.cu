@@ -2,6 +2,7 @@
 //
 // ldmatrix of 16 rows × 32 bytes is the A fragment of one mma m16n8k32: no conversion at all. With
 // one scale a token the sums stay int32 to the end, and so exact whatever the number of slices.
+#include "launch_small_gemm.cuh"
 #include "rows.cuh"
 
 namespace llmq::cuda {

@@ -318,6 +318,8 @@ LLMQ_PTX float div(float a, float b) { return __fdiv_rn(a, b); }
 
 namespace llmq::ptx {
 
+LLMQ_PTX int min(int a, int b) { return a < b ? a : b; }
+
 // What a matrix of wgmma is in shared memory: rows of 128 (64) bytes, from a multiple of 1024 (512)
 // on, whose unit of 16 bytes stands at unit ^ row % 8 (unit ^ row / 2 % 4); `start` may be within a
 // row.

@@ -7,7 +7,10 @@
 // conversion gives them, as x is read in the same one.
 #pragma once
 
-#include "small_gemm.cuh"
+#include "block_plan.cuh"
+#include "fragments.cuh"
+#include "kernels.h"
+#include "ptx.cuh"
 
 namespace llmq::cuda {
 
@@ -37,7 +40,7 @@ struct Rows {
 
   // Past K a row's end is read again, for inputs that are 0; rows past N are not read.
   LLMQ_PTX void copy(unsigned char* stage, int chunk, int) const {
-    const unsigned char* const at = from + least((chunk * kUnits + unit) * 16, row_bytes - 16);
+    const unsigned char* const at = from + ptx::min((chunk * kUnits + unit) * 16, row_bytes - 16);
 #pragma unroll
     for (int i = 0; i < kWarpOutputs / 4; ++i) {
       ptx::cp_async_16_once(stage + i * 512 + to[i % 2], at + int64_t{i * 4} * row_bytes,

@@ -68,8 +68,6 @@ LLMQ_PTX int token_at(int token, int unit) {
   return token * kSparseChunk + (unit ^ token % 8) * 16;
 }
 
-LLMQ_PTX int least(int a, int b) { return a < b ? a : b; }
-
 // Copies a chunk: a thread one unit of every kRows-th output and every kTokenRows-th token, and the
 // metadata of one output. Past N and M come zeros; metadata, of which zeros would not be valid,
 // repeats the last. Where it copies from and to is found anew each time: sums need the registers.
@@ -91,7 +89,7 @@ LLMQ_PTX void copy_chunk(const SparseGemm& g, int n0, int m0, int chunk, unsigne
                      i * kRows < rows ? 16 : 0);
   }
   if (P::kThreads == P::kOutputs || thread < P::kOutputs) {
-    const uint8_t* const meta = g.meta + int64_t{least(n0 + thread, g.N - 1)} * (g.K / 8);
+    const uint8_t* const meta = g.meta + int64_t{ptx::min(n0 + thread, g.N - 1)} * (g.K / 8);
     ptx::cp_async_16(stage + P::kMeta + meta_at(thread), meta + chunk * kMetaBytes, 16);
   }
   const int token = thread / kTokenUnits, tokens = g.M - m0 - token;
@@ -135,7 +133,8 @@ LLMQ_PTX void put_sums(int32_t* tile, int t, int first, int lane, const int32_t 
 // Scales and stores the sums of P::kWarpTokens tokens: a thread one output.
 template <class P>
 LLMQ_PTX void store_sums(const SparseGemm& g, const int32_t* tile, int n0, int first, int thread) {
-  const int row = thread % P::kOutputs, n = n0 + row, tokens = least(P::kWarpTokens, g.M - first);
+  const int row = thread % P::kOutputs, n = n0 + row,
+            tokens = ptx::min(P::kWarpTokens, g.M - first);
   if (n >= g.N) return;
   const float scale = ptx::ld_global(g.scale + n);
   const float bias = g.bias == nullptr ? 0 : load_float(g.bias, g.bias_dtype, n);

@@ -7,6 +7,7 @@
 // With x as int8 codes (4 bits alone) y = Σ_groups x_scale · scale · (Σ x q − zero_point · Σ x):
 // both sums in int32, the second by an mma with ones, which all outputs of a warp share; 0.4
 // instructions a weight make int8 of nibbles.
+#include "launch_small_gemm.cuh"
 #include "rows.cuh"
 
 namespace llmq::cuda {
