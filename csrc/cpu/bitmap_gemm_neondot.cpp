@@ -1,4 +1,6 @@
-// bitmap_gemm and bitmap_expand with NEON dot products.
+// bitmap_gemm and bitmap_expand with NEON dot products, over the bitmap panels of kernels.h:
+//
+//     y[m, n] = Σ_g x_scale[m, g] · (Σ_k∈g w[n, k] · x[m, k]) · weight_scale[n] + bias[n]
 //
 // 8 bytes of a block at a time: a table of 256 masks says which kept byte belongs where, and tbl
 // puts it there; a place without one gets 0, which is code 0 once the kept bytes are signed. One

@@ -1,4 +1,12 @@
-// bitmap_gemm and bitmap_expand in plain C++.
+// bitmap_gemm and bitmap_expand in plain C++, over the bitmap panels of kernels.h:
+//
+//     y[m, n] = Σ_g x_scale[m, g] · (Σ_k∈g u[n, k] · x[m, k] + x_offset[m, g])
+//               · weight_scale[n] + bias[n],   u = 128, code 0, where no byte was kept
+//
+// A block is filled with 128; then each set bit of its mask takes the next kept byte to its place,
+// one a step. Tile: 1 panel × up to 8 tokens, which share the expanded block. Bound by those steps
+// for few tokens, by widening bytes for many. Reached on one EPYC Genoa core, whole op, 4096×4096
+// at 50 %: M = 1 12.3 ms (int8_gemm_portable 2.7), M = 16 46 ms.
 #include "kernels.h"
 
 #if defined(__AVX__)

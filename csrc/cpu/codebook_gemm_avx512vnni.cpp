@@ -1,4 +1,6 @@
-// codebook_linear on AVX-512 with VBMI: w = codebook[code] · scale, for 16 outputs at once.
+// codebook_linear on AVX-512 with VBMI, over panels8 and panels4 (kernels.h):
+//
+//     y[n] = Σ_groups scale[n, g] · Σ_k∈g codebook[code[n, k]] · x[k]
 //
 // 4 bits: the table is one register; vpermps reads the low 4 bits of each word, so a code needs a
 // shift and neither mask nor conversion: 3 instructions for 16 weights.
@@ -10,7 +12,15 @@
 // two rounds of interleaving of codes first transposed 4 × 4 a quarter so that the floats come out
 // by input.
 //
-// Several rows share dequantized weights (panel_gemm, 12 rows × 16 outputs in 12 accumulators).
+// Tile: 1 panel × 1 token. Several rows share dequantized weights (panel_gemm, 12 rows × 16 outputs
+// in 12 accumulators). Bound by memory and look-ups for one token, by FMA for many.
+//
+// Reached on one core, whole op, 4096×4096 (benchmarks/results/*/peers_1_threads.json), 4 bits in
+// groups of 32 | 8 bits:
+//
+//                     M = 1                                      M = 256
+//     EPYC Genoa      751 us | 1180 us, 14 of 24 GB/s each       97 | 93 of 117 GOPS
+//     Xeon            928 us | 2237 us, 11 | 8 of 15 GB/s        105 | 100 of 212 GOPS
 #include <immintrin.h>
 
 #include "kernels.h"

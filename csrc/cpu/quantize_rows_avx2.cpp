@@ -1,5 +1,14 @@
-// quantize_rows with AVX2: two passes over a row or group, the second from the first-level cache;
-// one where the scale is given.
+// quantize_rows with AVX2: x [rows, K] row-major to codes, and a scale a row or group.
+//
+//     scale = max|x| / 127,   code = round_half_even(x · (127 / max|x|)),   edge cases: kernels.h
+//
+// Two passes over a row or group, the second from the first-level cache; one where the scale is
+// given. 16 inputs a step of the first (a load, an and and a maximum a register), 8 of the second:
+// a product, rounding, conversion, the sum, and two packs that make bytes of them.
+//
+// Bound by those instructions, not by memory. Reached on one EPYC Genoa core, 256 rows of 4096
+// floats, which a plain loop reads in 42 us: 130 us with and without a given scale, 241 in groups
+// of 64; one row 0.4 us. Of int8_linear 4096×4096, M = 256, that is 0.2 %.
 #include <immintrin.h>
 
 #include "quantize_rows.h"

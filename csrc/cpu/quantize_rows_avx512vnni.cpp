@@ -1,6 +1,14 @@
-// quantize_rows with AVX-512: two passes over a row or group, the second from the first-level
-// cache; one where the scale is given. On a Xeon core 256 rows of 4096 floats then took 181 us, not
-// 249, one row as long; of int8_linear both are 2 % at most.
+// quantize_rows with AVX-512: x [rows, K] row-major to codes, and a scale a row or group.
+//
+//     scale = max|x| / 127,   code = round_half_even(x · (127 / max|x|)),   edge cases: kernels.h
+//
+// Two passes over a row or group, the second from the first-level cache; one where the scale is
+// given. 32 inputs a step of the first, 16 of the second: a product, a conversion that rounds, the
+// sum, and one instruction that makes bytes of them; the last ones of a row under a mask.
+//
+// Bound by those instructions, not by memory. Reached on one EPYC Genoa core, 256 rows of 4096
+// floats, which a plain loop reads in 42 us: 111 us, 104 with a given scale, 193 in groups of 64;
+// one row 0.3 us. A Xeon took 249, 181 with a given scale; of int8_linear both are 2 % at most.
 #include <immintrin.h>
 
 #include "quantize_rows.h"

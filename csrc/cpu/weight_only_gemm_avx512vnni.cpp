@@ -8,6 +8,18 @@
 // Float activations come as three int8 digits, three rows a token (split_rows): 24 bits relative to
 // the largest input of the segment, as precise as float32 accumulation, for 3 vpdpbusd a block
 // where floats need 4 (bits 8) or 8 (bits 4) times a shift, a conversion and an FMA.
+//
+// Bound by memory for one token, by vpdpbusd for many. Reached on one core, whole op, 4096×4096
+// (benchmarks/results/*/peers_1_threads.json), 4 bits in groups of 32, 11.0 MB with scales and zero
+// points, and 8 bits, 16.8 MB; GOPS of float activations count one product where three are made:
+//
+//                              M = 1                     M = 16       M = 256
+//     EPYC Genoa   w4a8        784 us, 14 of 24 GB/s     232 GOPS     268 of 470 GOPS
+//                  w4a16       749 us, 15 of 24 GB/s      90           94 of 157
+//                  w8a16      1115 us, 15 of 24 GB/s     109          119 of 157
+//     Xeon         w4a8       1004 us, 11 of 15 GB/s     274          300 of 885
+//                  w4a16      1007 us, 11 of 15 GB/s      98           86 of 295
+//                  w8a16      1480 us, 11 of 15 GB/s     132          118 of 295
 #include <immintrin.h>
 
 #include "kernels.h"

@@ -2,7 +2,12 @@
 // outputs at a time, in the 128-bit vectors that every target of GCC and Clang has. Also serves, on
 // every instruction set, segments that end inside a block.
 //
-// Integer dot products run in float32, exact while below 2^24: 255 · 127 · 512 is.
+//     y[n] = Σ_segments scale · x_scale · Σ_k∈segment (w[n, k] − zero) · x[k]
+//
+// Integer dot products run in float32, exact while below 2^24: 255 · 127 · 512 is. Tile: 1 panel ×
+// 1 row. Bound by widening codes to floats. Reached on one EPYC Genoa core, whole op, 4096×4096,
+// where torch's float32 takes 3.6 ms (M = 1) and 12 ms (M = 16): w8a16 2.3 and 19 ms, w4a16 in
+// groups of 32 2.6 and 19 ms, w4a8 3.5 and 40 ms.
 #include <cstring>
 
 #include "kernels.h"

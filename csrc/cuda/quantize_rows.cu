@@ -1,6 +1,10 @@
-// quantize_activation: scale = max|x| / 127, code = round_half_even(x · (127 / max|x|)); codes 0
-// and scale NaN where max|x| is infinite or NaN. A block a token or group: reading x twice bounds
-// it, from L2 the second time; once where the scale is given. Not yet measured.
+// quantize_activation: x [groups, group_size] row-major to int8 codes and a scale a token or group.
+//
+//     scale = max|x| / 127,   code = round_half_even(x · (127 / max|x|))
+//
+// Codes are 0 and the scale is NaN where max|x| is infinite or NaN. A block of 128 threads takes a
+// token or group: reading x twice bounds it, from L2 the second time; once where the scale is
+// given. Not yet measured.
 #include "floats.cuh"
 #include "kernels.h"
 
