@@ -65,39 +65,40 @@ class Input {
 };
 
 // y [M, N] = linear layer i of the rows.
-void linear(const Tensors& t, int i, Input& x, float* y) {
+void linear(const Tensors& tensors, int i, Input& x, float* y) {
   const int64_t K = x.rows().K;
-  const float* const bias = float_bias(kOp, Tensors::optional(t.bias, i), t.outputs(i));
-  if (t.integer(i)) {
-    const Int8Weight w(kOp, t.weight[i], t.scale[i], K);
-    return int8_product(w, bias, x.codes(t.group[i]), x.rows().M, y);
+  const float* const bias = float_bias(kOp, Tensors::optional(tensors.bias, i), tensors.outputs(i));
+  if (tensors.integer(i)) {
+    const Int8Weight w(kOp, tensors.weight[i], tensors.scale[i], K);
+    return int8_product(w, bias, x.codes(tensors.group[i]), x.rows().M, y);
   }
-  const WeightOnly w(kOp, t.weight[i], t.scale[i], Tensors::optional(t.zero_point, i), t.bits[i],
-                     K);
-  const auto group = t.group[i] < 0 ? std::nullopt : std::optional<int64_t>(t.group[i]);
+  const WeightOnly w(kOp, tensors.weight[i], tensors.scale[i],
+                     Tensors::optional(tensors.zero_point, i), tensors.bits[i], K);
+  const auto group = tensors.group[i] < 0 ? std::nullopt : std::optional<int64_t>(tensors.group[i]);
   weight_only_product(w, bias, x.rows(), group, y);
   x = Input(reinterpret_cast<const float*>(x.rows().data), x.rows().M, K);  // its scratch was used
 }
 
 // silu(gate) · up [M, N]; where both take the same codes, a block of columns at a time, which then
 // stays in the second-level cache.
-float* gated(const Tensors& t, Input& x) {
-  const int64_t M = x.rows().M, N = t.outputs(kGate);
+float* gated(const Tensors& tensors, Input& x) {
+  const int64_t M = x.rows().M, N = tensors.outputs(kGate);
   float* const y = scratch<float>(Slot::product, M * N);
-  if (!t.integer(kGate) || !t.integer(kUp) || t.group[kGate] != t.group[kUp] || !t.bias.empty()) {
+  if (!tensors.integer(kGate) || !tensors.integer(kUp) ||
+      tensors.group[kGate] != tensors.group[kUp] || !tensors.bias.empty()) {
     float* const gate = scratch<float>(Slot::gate, M * N);
     float* const up = scratch<float>(Slot::up, M * N);
-    linear(t, kGate, x, gate);
-    linear(t, kUp, x, up);
+    linear(tensors, kGate, x, gate);
+    linear(tensors, kUp, x, up);
     parallel_rows(M, N, [&](int64_t begin, int64_t end) {
       const int64_t at = begin * N;
       silu_mul()({gate + at, up + at, N, y + at, N, end - begin, N});
     });
     return y;
   }
-  const Int8Weight gate(kOp, t.weight[kGate], t.scale[kGate], x.rows().K);
-  const Int8Weight up(kOp, t.weight[kUp], t.scale[kUp], x.rows().K);
-  const Activations& codes = x.codes(t.group[kGate]);
+  const Int8Weight gate(kOp, tensors.weight[kGate], tensors.scale[kGate], x.rows().K);
+  const Int8Weight up(kOp, tensors.weight[kUp], tensors.scale[kUp], x.rows().K);
+  const Activations& codes = x.codes(tensors.group[kGate]);
   // 256 tokens of 192 columns twice: 393 KB. Few tokens take all at once.
   const int64_t widest =
       std::max<int64_t>(kColumns, 3 * kColumns * kMaxTokens / M / kColumns * kColumns);
@@ -106,11 +107,11 @@ float* gated(const Tensors& t, Input& x) {
     const int64_t last = std::min(N, end * kColumns);
     for (int64_t n = begin * kColumns; n < last; n += widest) {
       const int64_t count = std::min(widest, last - n);
-      float* const a = scratch<float>(Slot::gate, M * count);
-      float* const b = scratch<float>(Slot::up, M * count);
-      int8_columns(gate, nullptr, codes, M, n, count, a, count);
-      int8_columns(up, nullptr, codes, M, n, count, b, count);
-      silu_mul()({a, b, count, y + n, N, M, count});
+      float* const gate_columns = scratch<float>(Slot::gate, M * count);
+      float* const up_columns = scratch<float>(Slot::up, M * count);
+      int8_columns(gate, nullptr, codes, M, n, count, gate_columns, count);
+      int8_columns(up, nullptr, codes, M, n, count, up_columns, count);
+      silu_mul()({gate_columns, up_columns, count, y + n, N, M, count});
     }
   });
   return y;
@@ -196,17 +197,17 @@ struct Shape {
 };
 
 // out [B·T, H·D] of query [B·T, H·D] over the cache.
-void attend(const Shape& s, const float* query, const Cache& keys, const Cache& values,
+void attend(const Shape& shape, const float* query, const Cache& keys, const Cache& values,
             const Mask& mask, float scaling, float* out) {
-  const int64_t S = s.total(), G = s.H / s.heads, D = s.D, lanes = s.T * G;
+  const int64_t S = shape.total(), G = shape.H / shape.heads, D = shape.D, lanes = shape.T * G;
   // A cache of another dtype is converted a head at a time.
   const bool direct = keys.dtype == Dtype::f32 && values.dtype == Dtype::f32;
   float* const converted =
-      direct ? nullptr : scratch<float>(Slot::attended, 2 * s.B * s.heads * S * D);
+      direct ? nullptr : scratch<float>(Slot::attended, 2 * shape.B * shape.heads * S * D);
   if (!direct) {
-    parallel_units(s.B * s.heads, 2 * S * D, 1 << 18, [&](int64_t begin, int64_t end) {
+    parallel_units(shape.B * shape.heads, 2 * S * D, 1 << 18, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / s.heads, h = i % s.heads;
+        const int64_t b = i / shape.heads, h = i % shape.heads;
         float* const target = converted + 2 * i * S * D;
         to_float()({keys.row(b, h, 0), D, target, D, S, D, keys.dtype});
         to_float()({values.row(b, h, 0), D, target + S * D, D, S, D, values.dtype});
@@ -215,10 +216,10 @@ void attend(const Shape& s, const float* query, const Cache& keys, const Cache& 
   }
   const int64_t tiles = ceil_div(lanes, kAttentionLanes);
   const int64_t work = 2 * std::min(lanes, kAttentionLanes) * S * D;
-  parallel_units(s.B * s.heads * tiles, work, kGrain, [&](int64_t begin, int64_t end) {
+  parallel_units(shape.B * shape.heads * tiles, work, kGrain, [&](int64_t begin, int64_t end) {
     float* const room = scratch<float>(Slot::attention, attention_scratch(D));
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / tiles / s.heads, h = i / tiles % s.heads;
+      const int64_t b = i / tiles / shape.heads, h = i / tiles % shape.heads;
       const int64_t first = i % tiles * kAttentionLanes;
       const int64_t count = std::min(kAttentionLanes, lanes - first);
       const float* queries[kAttentionLanes];
@@ -227,17 +228,18 @@ void attend(const Shape& s, const float* query, const Cache& keys, const Cache& 
       int64_t visible[kAttentionLanes];
       for (int64_t lane = 0; lane < count; ++lane) {
         const int64_t t = (first + lane) / G, head = h * G + (first + lane) % G;
-        const int64_t at = ((b * s.T + t) * s.H + head) * D;
+        const int64_t at = ((b * shape.T + t) * shape.H + head) * D;
         queries[lane] = query + at;
         targets[lane] = out + at;
-        visible[lane] = mask.rows == nullptr ? s.start + t + 1 : S;
+        visible[lane] = mask.rows == nullptr ? shape.start + t + 1 : S;
         masks[lane] = mask.rows == nullptr ? nullptr : mask.row(b, head, t);
       }
-      const float* const k = direct ? static_cast<const float*>(keys.row(b, h, 0))
-                                    : converted + 2 * (b * s.heads + h) * S * D;
-      const float* const v = direct ? static_cast<const float*>(values.row(b, h, 0)) : k + S * D;
-      attention()({k, v, D, D, queries, targets, visible, mask.rows == nullptr ? nullptr : masks,
-                   count, scaling, room});
+      const float* const key = direct ? static_cast<const float*>(keys.row(b, h, 0))
+                                      : converted + 2 * (b * shape.heads + h) * S * D;
+      const float* const value =
+          direct ? static_cast<const float*>(values.row(b, h, 0)) : key + S * D;
+      attention()({key, value, D, D, queries, targets, visible,
+                   mask.rows == nullptr ? nullptr : masks, count, scaling, room});
     }
   });
 }
@@ -275,22 +277,24 @@ Tensor decoder_layer(const Tensor& x, const std::vector<Tensor>& norms, const Te
   }
   LLMQ_CHECK(bits.size() == kLinears && activation_groups.size() == kLinears, kOp,
              "bits and activation_groups must be 7 each");
-  const Tensors t{weights, weight_scales, weight_zero_points, biases, bits, activation_groups};
+  const Tensors tensors{weights, weight_scales, weight_zero_points,
+                        biases,  bits,          activation_groups};
   const int64_t M = rows.M, K = rows.K, D = cos.size(cos.dim() - 1);
-  const int64_t wide = t.outputs(kQuery), narrow = t.outputs(kKey);
+  const int64_t wide = tensors.outputs(kQuery), narrow = tensors.outputs(kKey);
   LLMQ_CHECK(D > 0 && D % 2 == 0 && wide % D == 0 && narrow % D == 0 && narrow > 0 &&
-                 wide % narrow == 0 && t.outputs(kValue) == narrow && t.outputs(kOutput) == K &&
-                 t.outputs(kGate) == t.outputs(kUp) && t.outputs(kDown) == K,
+                 wide % narrow == 0 && tensors.outputs(kValue) == narrow &&
+                 tensors.outputs(kOutput) == K && tensors.outputs(kGate) == tensors.outputs(kUp) &&
+                 tensors.outputs(kDown) == K,
              kOp, "the linear layers do not fit each other, x [..., ", K, "] and heads of ", D);
-  const Shape s{x.size(0), x.size(1), wide / D, narrow / D, D, start};
+  const Shape shape{x.size(0), x.size(1), wide / D, narrow / D, D, start};
   LLMQ_CHECK(cos.dim() == 3 && sin.dim() == 3 && cos.numel() == sin.numel() &&
-                 (cos.size(0) == s.B || cos.size(0) == 1) && cos.size(1) == s.T,
-             kOp, "cos and sin must be [1 or ", s.B, ", ", s.T, ", ", D, "]");
+                 (cos.size(0) == shape.B || cos.size(0) == 1) && cos.size(1) == shape.T,
+             kOp, "cos and sin must be [1 or ", shape.B, ", ", shape.T, ", ", D, "]");
   const Tensor out = empty_output(rows, K);
   if (M == 0) return out;
   announce(kOp, M, K, K);
-  const Cache key_cache(keys, "keys", s.B, s.heads, D, s.total());
-  const Cache value_cache(values, "values", s.B, s.heads, D, s.total());
+  const Cache key_cache(keys, "keys", shape.B, shape.heads, D, shape.total());
+  const Cache value_cache(values, "values", shape.B, shape.heads, D, shape.total());
 
   const float* const input = float_rows(rows, 0, M);
   float* const hidden = rows.dtype == Dtype::f32 ? static_cast<float*>(out.mutable_data_ptr())
@@ -298,29 +302,30 @@ Tensor decoder_layer(const Tensor& x, const std::vector<Tensor>& norms, const Te
   float* const normed = scratch<float>(Slot::normed, std::min(M, kMaxTokens) * std::max(K, wide));
   float* const query = scratch<float>(Slot::query, 2 * M * wide);
   float* const attended = query + M * wide;
-  const int64_t turned = cos.size(0) == 1 ? 0 : s.T * D;  // of cos and sin from batch to batch
+  const int64_t turned = cos.size(0) == 1 ? 0 : shape.T * D;  // of cos and sin from batch to batch
   const Tensor cosines = as_contiguous(cos), sines = as_contiguous(sin);
 
   for_passes(M, [&](int64_t m, int64_t tokens) {
     normalize(norms[0], eps, input + m * K, tokens, K, normed);
-    Input n(normed, tokens, K);
+    Input normed_input(normed, tokens, K);
     float* const key = scratch<float>(Slot::key, tokens * narrow);
     float* const value = scratch<float>(Slot::value, tokens * narrow);
-    linear(t, kQuery, n, query + m * wide);
-    linear(t, kKey, n, key);
-    linear(t, kValue, n, value);
+    linear(tensors, kQuery, normed_input, query + m * wide);
+    linear(tensors, kKey, normed_input, key);
+    linear(tensors, kValue, normed_input, value);
     if (norms.size() == 4) {
-      normalize(norms[2], eps, query + m * wide, tokens * s.H, D, query + m * wide);
-      normalize(norms[3], eps, key, tokens * s.heads, D, key);
+      normalize(norms[2], eps, query + m * wide, tokens * shape.H, D, query + m * wide);
+      normalize(norms[3], eps, key, tokens * shape.heads, D, key);
     }
-    const float* const c = floats(cosines, Slot::gate, "cos");
-    const float* const i = floats(sines, Slot::up, "sin");
+    const float* const cosine = floats(cosines, Slot::gate, "cos");
+    const float* const sine = floats(sines, Slot::up, "sin");
     parallel_rows(tokens, wide, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        const int64_t b = (m + row) / s.T, token = (m + row) % s.T, at = b * turned + token * D;
-        rope()({query + (m + row) * wide, c + at, i + at, s.H, D});
-        rope()({key + row * narrow, c + at, i + at, s.heads, D});
-        for (int64_t h = 0; h < s.heads; ++h) {
+        const int64_t b = (m + row) / shape.T, token = (m + row) % shape.T,
+                      at = b * turned + token * D;
+        rope()({query + (m + row) * wide, cosine + at, sine + at, shape.H, D});
+        rope()({key + row * narrow, cosine + at, sine + at, shape.heads, D});
+        for (int64_t h = 0; h < shape.heads; ++h) {
           const int64_t from = row * narrow + h * D;
           from_float()(
               {key + from, D, key_cache.row(b, h, start + token), D, 1, D, key_cache.dtype});
@@ -331,18 +336,19 @@ Tensor decoder_layer(const Tensor& x, const std::vector<Tensor>& norms, const Te
     });
   });
 
-  attend(s, query, key_cache, value_cache, Mask(mask, s.B, s.H, s.T, s.total()), scaling, attended);
+  attend(shape, query, key_cache, value_cache, Mask(mask, shape.B, shape.H, shape.T, shape.total()),
+         scaling, attended);
 
   for_passes(M, [&](int64_t m, int64_t tokens) {
-    Input a(attended + m * wide, tokens, wide);
+    Input attended_input(attended + m * wide, tokens, wide);
     float* const product = scratch<float>(Slot::product, tokens * K);
-    linear(t, kOutput, a, product);
+    linear(tensors, kOutput, attended_input, product);
     add(input + m * K, product, tokens, K, hidden + m * K);
     normalize(norms[1], eps, hidden + m * K, tokens, K, normed);
-    Input n(normed, tokens, K);
-    Input g(gated(t, n), tokens, t.outputs(kGate));
+    Input normed_input(normed, tokens, K);
+    Input gated_input(gated(tensors, normed_input), tokens, tensors.outputs(kGate));
     float* const down = scratch<float>(Slot::key, tokens * K);
-    linear(t, kDown, g, down);
+    linear(tensors, kDown, gated_input, down);
     add(hidden + m * K, down, tokens, K, hidden + m * K);
   });
   if (rows.dtype != Dtype::f32) store_rows(hidden, K, out.mutable_data_ptr(), rows.dtype, M, K);
