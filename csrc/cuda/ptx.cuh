@@ -147,16 +147,6 @@ LLMQ_PTX void cp_async_16_once_if(bool wanted, void* shared, const void* global)
       "r"(shared_address(shared)), "l"(global), "l"(evict_first())
       : "memory");
 }
-LLMQ_PTX void cp_async_8(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)),
-               "l"(global), "r"(bytes)
-               : "memory");
-}
-LLMQ_PTX void cp_async_4_once(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
-               "l"(global), "r"(bytes)
-               : "memory");
-}
 LLMQ_PTX void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 LLMQ_PTX void cp_async_wait() {  // until at most kPending groups of this thread are under way
@@ -176,9 +166,6 @@ LLMQ_PTX void ldmatrix_x4(uint32_t (&d)[4], const void* row) {
 LLMQ_PTX void barrier() { __syncthreads(); }
 LLMQ_PTX void sync_warp() { __syncwarp(); }
 LLMQ_PTX void fence() { __threadfence(); }
-LLMQ_PTX uint32_t shfl_up(uint32_t value, int delta) {
-  return __shfl_up_sync(~0u, value, static_cast<unsigned>(delta));
-}
 LLMQ_PTX uint32_t shfl_xor(uint32_t value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 // Returns the old value; after `limit` comes 0.
 LLMQ_PTX uint32_t atom_inc(uint32_t* p, uint32_t limit) { return atomicInc(p, limit); }
@@ -278,9 +265,6 @@ LLMQ_PTX uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {  // bytes of
 }
 LLMQ_PTX uint32_t shf_r(uint32_t low, uint32_t high, uint32_t bits) {  // bits modulo 32
   return __funnelshift_r(low, high, bits);
-}
-LLMQ_PTX uint32_t shf_rc(uint32_t low, uint32_t high, uint32_t bits) {  // at most 32 bits
-  return __funnelshift_rc(low, high, bits);
 }
 LLMQ_PTX uint32_t popc(uint32_t a) { return static_cast<uint32_t>(__popc(a)); }
 

@@ -65,13 +65,6 @@ inline void cp_async_16_once_if(bool wanted, void* shared, const void* global,
                                 Site site = Site::current()) {
   if (wanted) block().copy_async(shared, global, 16, 16, site);
 }
-inline void cp_async_8(void* shared, const void* global, int bytes, Site site = Site::current()) {
-  block().copy_async(shared, global, 8, static_cast<size_t>(bytes), site);
-}
-inline void cp_async_4_once(void* shared, const void* global, int bytes,
-                            Site site = Site::current()) {
-  block().copy_async(shared, global, 4, static_cast<size_t>(bytes), site);
-}
 inline void cp_async_commit() { block().commit(); }
 template <int kPending>
 void cp_async_wait() {
@@ -111,10 +104,6 @@ uint32_t shuffle(const char* name, uint32_t value, const From& from, Site site) 
     for (int lane = 0; lane < kWarp; ++lane) lanes[lane]->got = lanes[from(lane)]->given;
   });
   return mine.got;
-}
-inline uint32_t shfl_up(uint32_t value, int delta, Site site = Site::current()) {
-  const auto from = [&](int lane) { return lane < delta ? lane : lane - delta; };
-  return shuffle("shfl_up", value, from, site);
 }
 inline uint32_t shfl_xor(uint32_t value, int mask, Site site = Site::current()) {
   return shuffle("shfl_xor", value, [&](int lane) { return lane ^ mask; }, site);
@@ -207,9 +196,6 @@ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
 }
 inline uint32_t shf_r(uint32_t low, uint32_t high, uint32_t bits) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (bits & 31));
-}
-inline uint32_t shf_rc(uint32_t low, uint32_t high, uint32_t bits) {
-  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> std::min(bits, 32u));
 }
 inline uint32_t popc(uint32_t a) { return static_cast<uint32_t>(std::popcount(a)); }
 
