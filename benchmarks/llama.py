@@ -71,6 +71,21 @@ class Model:
         logits = self._api.llama_get_logits_ith(self._context, -1)
         return int(np.ctypeslib.as_array(logits, (self.vocabulary_size,)).argmax())
 
+    def logits(self, tokens: list[int]) -> np.ndarray:
+        """Return the logits [tokens, vocabulary] of a sequence of its own."""
+        self.start()
+        batch = self._api.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, i, True
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        if self._api.llama_decode(self._context, batch):
+            raise RuntimeError("llama.cpp could not decode a batch")
+        flat = self._api.llama_get_logits(self._context)
+        found = np.ctypeslib.as_array(flat, (len(tokens), self.vocabulary_size)).copy()
+        self._api.llama_batch_free(batch)
+        return found
+
 
 def speeds(model: Model, prompt: int, decode: int) -> dict[str, float]:
     """Return tokens/s of prefill and of decoding after a prompt of 16, as `bench.model_speeds`."""
