@@ -39,17 +39,16 @@ OURS = (
     Point("w8a8-g64, lm_head too, accelerated", "w8a8-g64, accelerated"),
     Point("w8a8, lm_head too, accelerated", "w8a8, accelerated"),
     Point("w4a8-g32, lm_head too, accelerated", "w4a8-g32, accelerated"),
-    Point("w8a8-g64, lm_head too", "w8a8-g64"),
-    Point("w8a8, lm_head too", "w8a8"),
+    Point("w8a8-g64, lm_head too", "w8a8-g64, not accelerated", (9, -7)),
 )
 LLAMA = (
     Point("llama.cpp F16", "F16"),
-    Point("llama.cpp Q8_0", "Q8_0"),
+    Point("llama.cpp Q8_0", "Q8_0", (9, 6)),
     Point("llama.cpp Q4_0", "Q4_0"),
 )
 TORCH = (
-    Point("float32", "float32"),
-    Point("bfloat16", "bfloat16"),
+    Point("float32", "float32", (9, 6)),
+    Point("bfloat16", "bfloat16", (9, -7)),
     Point("torch dynamic int8", "dynamic int8", (-9, 0), "right"),
 )
 COLOURS = {  # by the end of the file's name: text, lines, then the three families
