@@ -1,6 +1,7 @@
 #include "driver.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -91,7 +92,7 @@ Tensor empty(const int64_t* sizes, int64_t dim, ScalarType type) {
   }
   AtenTensorHandle handle;
   // Half the cost of torch::stable::empty, which looks its operator up by name at each call.
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dim, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
       aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);

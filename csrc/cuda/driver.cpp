@@ -16,9 +16,9 @@ static Tensor empty_of(const Tensor& x, const std::vector<int64_t>& sizes, Scala
     strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   }
   int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
       std::max<int32_t>(x.get_device(), 0), &handle));
