@@ -43,7 +43,7 @@ sanitize: $(VENV)/installed
 
 # The CUDA kernels for every GPU that the package is built for; `make test` takes two of them.
 cuda-archs: $(VENV)/installed
-	LLMQ_CUDA_ARCHS="sm_80 sm_86 sm_89 sm_90a sm_100a sm_120a" \
+	LLMQ_CUDA_ARCHS="sm_80 sm_86 sm_89 sm_90a sm_100 sm_120" \
 	    $(PY) -m pytest $(PYTEST_FLAGS) tests/cuda/test_build.py -k compiles_without
 
 bench: $(VENV)/built
