@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 import llmq
 from benchmarks import ceilings, compare, llama, results
 from llmq.commands import bench, smollm2
-from llmq.models.transformers import accelerate
+from llmq.models.accelerate import accelerate
 from llmq.nn import CompressedLayer, QuantEmbedding
 
 SCHEMES = ("w8a8", "w8a8-g64", "w8a16", "w4a16-g32", "w4a8-g32", "w4a16-quantile-g32")

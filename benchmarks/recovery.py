@@ -33,7 +33,7 @@ from llmq.commands import bench, smollm2
 from llmq.evaluation import intervals
 from llmq.evaluation.evaluate import model_bytes
 from llmq.evaluation.intervals import Interval
-from llmq.models.transformers import accelerate
+from llmq.models.accelerate import accelerate
 from llmq.pruning.student import make_student
 
 Record = dict[str, Any]
@@ -366,7 +366,7 @@ def run_plan(args: argparse.Namespace) -> Record:
     for row in rows:
         row["speed"] = speeds[row["name"]]
         row["accelerated_speed"] = speeds[f"{row['name']}, accelerated"]
-        joined = fast[f"{row['name']}, accelerated"].llmq_acceleration.joined
+        joined = fast[f"{row['name']}, accelerated"].llmq_acceleration.fused
         row["accelerated_layers"] = len(joined)
     first = {"name": "float32", "bytes": model_bytes(original), "speed": speeds["float32"]}
     return {"rows": [first, *rows], "plan": record}

@@ -352,14 +352,14 @@ def _bench(args: argparse.Namespace) -> None:
 
     import llmq
     from llmq.commands import smollm2
-    from llmq.models.transformers import accelerate
+    from llmq.models.accelerate import accelerate
 
     original, _ = smollm2.load()
     models: dict[str, Any] = {"float32": original}
     for scheme in args.scheme or ("w8a8", "w8a8-g64", "w8a16", "w4a16-g32", "w4a8-g32"):
         models[scheme] = llmq.quantize(copy.deepcopy(original), scheme=scheme)
         fast = accelerate(copy.deepcopy(models[scheme]))
-        if fast.llmq_acceleration.joined:
+        if fast.llmq_acceleration.fused:
             models[f"{scheme}, accelerated"] = fast
     speeds = bench.model_speeds(models)
     if args.json:

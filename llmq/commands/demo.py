@@ -28,7 +28,7 @@ from llmq.evaluation.compare import (
     svg,
 )
 from llmq.evaluation.evaluate import WINDOW, evaluate, inference, model_bytes
-from llmq.models.transformers import accelerate
+from llmq.models.accelerate import accelerate
 from llmq.nn import CompressedLayer, QuantEmbedding
 from llmq.pruning.prune import prune
 from llmq.quantization.quantize import quantize

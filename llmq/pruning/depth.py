@@ -19,8 +19,9 @@ from torch import nn
 
 from llmq.calibrate.blockwise import still
 from llmq.calibrate.stages import Call, stages
+from llmq.models.accelerate import restore
 from llmq.models.targets import matches
-from llmq.models.transformers import configs, restore
+from llmq.models.transformers import configs
 from llmq.report import ModelReport
 
 # What configurations call the number of layers of one kind.

@@ -19,7 +19,7 @@ import llmq
 from llmq import cli
 from llmq.evaluation import intervals
 from llmq.evaluation import lm_eval as adapter
-from llmq.models.transformers import accelerate
+from llmq.models.accelerate import accelerate
 from tests import families
 from tests.evaluation import lm_eval_twin
 
@@ -183,7 +183,7 @@ def test_the_library_gives_what_one_sequence_at_a_time_gives(
     )
     if "accelerated" in options:
         accelerate(model)
-        assert model.llmq_acceleration.joined, str(model.llmq_acceleration)
+        assert model.llmq_acceleration.fused, str(model.llmq_acceleration)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     tied = model.get_output_embeddings() if "whole" in options else None
     shared = tied is not None and tied.weight is model.get_input_embeddings().weight

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import llmq
-from llmq.models import decoder_layers
-from llmq.models.transformers import accelerate, restore
+from llmq.models import fused_decoder_layer
+from llmq.models.accelerate import accelerate, restore
 from tests import families
 
 tf = pytest.importorskip("transformers")
@@ -26,7 +26,7 @@ LOSS = {"w8a16": 1e-5, "w8a8": 0.02, "w4a8-g32": 0.02}
 def _pair(name: str, scheme: str = "w8a16", **options: Any) -> tuple[Any, Any]:
     plain = llmq.quantize(families.make(name), scheme=scheme, **options)
     fast = accelerate(copy.deepcopy(plain))
-    assert len(fast.llmq_acceleration.joined) == 2, str(fast.llmq_acceleration)
+    assert len(fast.llmq_acceleration.fused) == 2, str(fast.llmq_acceleration)
     return plain, fast
 
 
@@ -44,14 +44,14 @@ class _Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        run: Callable[..., Any] = decoder_layers.Plan.run
+        run: Callable[..., Any] = fused_decoder_layer.FusedCall.run
 
         def counted(plan: Any, *args: Any) -> Any:
             output = run(plan, *args)
             self.count += output is not None
             return output
 
-        monkeypatch.setattr(decoder_layers.Plan, "run", counted)
+        monkeypatch.setattr(fused_decoder_layer.FusedCall, "run", counted)
 
     def take(self) -> int:
         count, self.count = self.count, 0
@@ -92,7 +92,7 @@ def test_whole_models_in_other_dtypes() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         plain = llmq.quantize(families.make("llama-tied").to(dtype), scheme="w8a8-g64", skip=())
         fast = accelerate(copy.deepcopy(plain))
-        assert len(fast.llmq_acceleration.joined) == 2, str(fast.llmq_acceleration)
+        assert len(fast.llmq_acceleration.fused) == 2, str(fast.llmq_acceleration)
         _assert_same(fast(_ids()).logits, plain(_ids()).logits, 0.05)
 
 
@@ -122,7 +122,7 @@ def test_sliding_windows() -> None:
     torch.manual_seed(0)
     plain = llmq.quantize(tf.MistralForCausalLM(config).eval(), scheme="w8a16")
     fast = accelerate(copy.deepcopy(plain))
-    assert fast.llmq_acceleration.joined
+    assert fast.llmq_acceleration.fused
     _assert_same(fast(_ids()).logits, plain(_ids()).logits, LOSS["w8a16"])
     options = {"max_new_tokens": 9, "do_sample": False}
     assert torch.equal(fast.generate(_ids(4), **options), plain.generate(_ids(4), **options))
@@ -229,7 +229,7 @@ def test_other_models_are_left_alone(name: str) -> None:
     model = llmq.quantize(families.make(name), scheme="w8a8")
     expected = families.output(model, name)
     accelerate(model)
-    assert not model.llmq_acceleration.joined
+    assert not model.llmq_acceleration.fused
     assert torch.equal(families.output(model, name), expected)
 
 
@@ -250,7 +250,17 @@ def test_reasons_are_given() -> None:
     odd.model.layers[1].mlp.forward = lambda x: x
     assert odd.model.layers[1].mlp(torch.ones(1)) == 1
     report = reasons(odd)
-    assert "1 decoder layers" in report and "something else" in report
+    assert "1 decoder layers run as one op each" in report and "something else" in report
     hooked = llmq.quantize(families.make("llama"), scheme="w8a16")
     hooked.model.layers[0].mlp.register_forward_hook(lambda *given: None)
     assert "hooks" in reasons(hooked)
+
+
+def test_what_is_no_decoder_and_what_is_no_model() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    assert accelerate(model) is model and not model.llmq_acceleration.fused
+    assert str(model.llmq_acceleration).startswith("nothing to accelerate")
+    assert restore(model) is model and not hasattr(model, "llmq_acceleration")
+    for verb in (accelerate, restore):
+        with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+            verb("smollm2")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import llmq
-from llmq.models.transformers import accelerate
+from llmq.models.accelerate import accelerate
 from llmq.nn import QuantLinear
 from llmq.pruning import depth
 from tests import families
@@ -202,7 +202,7 @@ def test_accelerated_layers_know_no_old_place() -> None:
         model = llmq.quantize(deep("llama"), scheme="w8a8")
         if fast:
             accelerate(model)
-            assert len(model.llmq_acceleration.joined) == LAYERS
+            assert len(model.llmq_acceleration.fused) == LAYERS
         llmq.prune(model, 0.4, pattern="layers", data=ids)
         assert not hasattr(model, "llmq_acceleration")
         texts.append(model.generate(input_ids=ids, max_new_tokens=6, do_sample=False))

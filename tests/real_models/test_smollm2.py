@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import llmq
 from llmq.commands import demo, smollm2
 from llmq.evaluation.evaluate import model_bytes
-from llmq.models.transformers import accelerate
+from llmq.models.accelerate import accelerate
 from llmq.nn import CompressedLayer
 
 pytest.importorskip("transformers")
@@ -73,7 +73,7 @@ def test_what_is_fast_stays_within_a_percent(
 ) -> None:
     model, tokens = original
     whole = llmq.quantize(copy.deepcopy(model), scheme="w8a8-g64", skip=())
-    assert len(accelerate(whole).llmq_acceleration.joined) == 30
+    assert len(accelerate(whole).llmq_acceleration.fused) == 30
     lost = llmq.evaluate(whole, tokens).perplexity
     assert lost is not None and lost <= 1.01 * perplexity("float32")
 

@@ -1,9 +1,9 @@
-"""Runs the layers of Llama-like transformers models by one op each, exactly reversibly.
+"""A decoder layer of transformers that runs as one op, `torch.ops.llmq.decoder_layer`.
 
-A layer keeps its modules, parameters and state dict; only its class becomes a subclass whose
-`forward` calls `torch.ops.llmq.decoder_layer` where it can tell that this gives the same, and the
-model's own code everywhere else: with gradients, in training, under `torch.compile`, with hooks on
-modules inside, with a cache or arguments that the op does not know.
+The layer keeps its modules, parameters and state dict. Only its class changes, to a subclass whose
+`forward` calls the op where the op computes the same. Everywhere else it runs the model's own code:
+with gradients, in training, under `torch.compile`, with hooks on modules inside, and with a cache
+or arguments that the op does not know.
 """
 
 from __future__ import annotations
@@ -15,72 +15,38 @@ import torch
 from torch import Tensor, nn
 
 from llmq.models import kv_cache
-from llmq.nn import QuantLinear
 from llmq.nn.base import call
 from llmq.ops import decoder
 
-_LAYER = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
-_ATTENTION = decoder.LINEARS[:4]
-_MLP = (*decoder.LINEARS[4:], "act_fn")
-_HEAD_NORMS = ("q_norm", "k_norm")
-_SILU = ("SiLU", "SiLUActivation")
+ATTENTION = decoder.LINEARS[:4]
+MLP = (*decoder.LINEARS[4:], "act_fn")
+HEAD_NORMS = ("q_norm", "k_norm")
 _IMPLEMENTATIONS = ("sdpa", "eager")
 # Arguments of a layer that change nothing about what it computes.
 _HARMLESS = ("output_hidden_states", "return_dict", "logits_to_keep", "num_items_in_batch")
 _NOTHING = torch.empty(0)
-_PLAN = "_llmq_plan"
+_CALL = "_llmq_fused_call"
 
 
-def why_not(layer: nn.Module) -> str | None:
-    """Return what stands between a decoder layer and the op, None if nothing does."""
-    if tuple(name for name, _ in layer.named_children()) != _LAYER:
-        return "other modules than attention, MLP and their two norms"
-    attention: Any = layer.self_attn
-    mlp: Any = layer.mlp
-    children = [name for name, _ in attention.named_children()]
-    norms = [name for name in children if name in _HEAD_NORMS]
-    if sorted(set(children) - set(norms)) != sorted(_ATTENTION) or len(norms) == 1:
-        return f"an attention of {', '.join(children)}"
-    if sorted(name for name, _ in mlp.named_children()) != sorted(_MLP):
-        return f"an MLP of {', '.join(name for name, _ in mlp.named_children())}"
-    if type(mlp.act_fn).__name__ not in _SILU:
-        return f"its activation {type(mlp.act_fn).__name__}"
-    for name, module in zip(decoder.LINEARS, _linears(layer), strict=True):
-        if type(module) is not QuantLinear:
-            return f"{name} is {type(module).__name__}, not a QuantLinear"
-        if module.scheme.op not in ("int8_linear", "weight_only_linear"):
-            return f"{name} runs as {module.scheme.op}"
-        if module.scheme.activations == "static":
-            return f"{name} has a static input scale, which the op does not take"
-        if module.weight.device.type != "cpu":
-            return f"{name} is on {module.weight.device}; the op has a kernel for CPU alone"
-    all_norms = _norms(layer)
-    if any(not hasattr(n, "variance_epsilon") or n.weight is None for n in all_norms):
-        return "a norm that is not a root mean square"
-    if len({n.variance_epsilon for n in all_norms}) != 1:
-        return "norms of different epsilons"
-    if not hasattr(attention, "scaling") or not hasattr(attention, "layer_idx"):
-        return "an attention without scaling and layer_idx"
-    return None
-
-
-def _linears(layer: Any) -> list[Any]:
+def linears(layer: Any) -> list[Any]:
+    """Return the seven linear layers of a decoder layer, in the op's order."""
     attention, mlp = layer.self_attn, layer.mlp
-    return [getattr(attention, n) for n in _ATTENTION] + [getattr(mlp, n) for n in _MLP[:3]]
+    return [getattr(attention, n) for n in ATTENTION] + [getattr(mlp, n) for n in MLP[:3]]
 
 
-def _norms(layer: Any) -> list[Any]:
-    head = [m for name, m in layer.self_attn.named_children() if name in _HEAD_NORMS]
+def norms(layer: Any) -> list[Any]:
+    """Return the norms of a decoder layer, in the op's order."""
+    head = [m for name, m in layer.self_attn.named_children() if name in HEAD_NORMS]
     return [layer.input_layernorm, layer.post_attention_layernorm, *head]
 
 
-class Plan:
-    """What a layer's `forward` needs at hand for the op, and when it must not be used."""
+class FusedCall:
+    """What the op needs of a layer, and whether the op may run the layer at a given call."""
 
     def __init__(self, layer: Any) -> None:
         attention = layer.self_attn
-        self.linears = _linears(layer)
-        self.norms = _norms(layer)
+        self.linears = linears(layer)
+        self.norms = norms(layer)
         self.scaling = float(attention.scaling)
         self.eps = float(self.norms[0].variance_epsilon)
         self.index = attention.layer_idx
@@ -187,14 +153,14 @@ def _some(parameters: list[Any], name: str) -> list[Tensor]:
 
 
 @functools.cache
-def _one_op(kind: Any) -> Any:
-    """Return the subclass of a decoder layer's class that runs by the op where it can."""
+def _fused_class(kind: Any) -> Any:
+    """Return the subclass of a decoder layer's class whose `forward` calls the op."""
     original = kind.forward
 
     class Layer(kind):  # type: ignore[misc]
         def __reduce_ex__(self, protocol: Any) -> Any:
             """Copy and pickle as the layer of transformers that it is."""
-            state = {name: v for name, v in self.__dict__.items() if name != _PLAN}
+            state = {name: v for name, v in self.__dict__.items() if name != _CALL}
             return _blank, (kind,), state
 
     def forward(
@@ -214,9 +180,9 @@ def _one_op(kind: Any) -> Any:
             or position_embeddings is None
             or any(kwargs[name] and name not in _HARMLESS for name in kwargs)
         ):
-            plan: Plan = self.__dict__[_PLAN]
-            if plan.intact():
-                output = plan.run(
+            fused: FusedCall = self.__dict__[_CALL]
+            if fused.intact():
+                output = fused.run(
                     hidden_states, attention_mask, past_key_values, position_embeddings
                 )
                 if output is not None:
@@ -243,76 +209,18 @@ def _blank(kind: Any) -> Any:
     return kind.__new__(kind)
 
 
-def is_one_op(layer: nn.Module) -> bool:
-    """Whether a layer runs by the op where it can."""
-    return _PLAN in layer.__dict__
+def is_fused(layer: nn.Module) -> bool:
+    """Whether `fuse` was applied to the layer."""
+    return _CALL in layer.__dict__
 
 
-def join(layer: Any) -> None:
-    """Let a layer for which `why_not` gives nothing run by the op."""
-    layer.__dict__[_PLAN] = Plan(layer)
-    layer.__class__ = _one_op(type(layer))  # type: ignore[arg-type]
+def fuse(layer: Any) -> None:
+    """Let a layer run as one op; `accelerate.why_not_fused` tells which layers can."""
+    layer.__dict__[_CALL] = FusedCall(layer)
+    layer.__class__ = _fused_class(type(layer))  # type: ignore[arg-type]
 
 
-@torch.no_grad()
-def try_out(stack: Any, layer: Any) -> str | None:
-    """Join a layer if it then gives what it gave; return what stands in the way, None if nothing.
-
-    Args:
-        stack: the module that holds the layer and makes `position_embeddings`.
-        layer: for which `why_not` gives nothing.
-    """
-    training, plan = layer.training, Plan(layer)
-    if not plan.intact():
-        return "a module inside has forward hooks"
-    layer.eval()
-    try:
-        expected = _tokens_through(stack, layer, plan)
-        join(layer)
-        got = _tokens_through(stack, layer, plan)
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
-        if is_one_op(layer):
-            part(layer)
-        return f"it cannot be tried out: {error}"
-    finally:
-        layer.train(training)
-    for (x, a), (_, b) in zip(expected, got, strict=True):
-        change = (a.double() - x.double()).norm()
-        # A code of an input that rounds the other way moves an output by less than 1 % of its size.
-        allowed = 0.02 * change + 4 * torch.finfo(a.dtype).eps * a.double().norm()
-        if not (a.double() - b.double()).norm() <= allowed:
-            part(layer)
-            return "it computes something else than the op"
-    return None
-
-
-def _tokens_through(stack: Any, layer: Any, plan: Plan) -> list[tuple[Tensor, Tensor]]:
-    """Return inputs and outputs of a layer for a prompt of 7 tokens and one more token."""
-    from transformers import DynamicCache
-
-    generator = torch.Generator().manual_seed(0)
-    dtype = plan.norms[0].weight.dtype
-    cache, done, results = DynamicCache(), 0, []
-    hidden = plan.linears[0].in_features
-    for tokens in (7, 1):
-        x = torch.randn(1, tokens, hidden, generator=generator).to(dtype)
-        positions = torch.arange(done, done + tokens)[None]
-        causal = torch.ones(1, 1, tokens, done + tokens, dtype=torch.bool).tril(done)
-        mask = torch.zeros(causal.shape, dtype=dtype).masked_fill(~causal, torch.finfo(dtype).min)
-        output = layer(
-            x,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            position_embeddings=stack.rotary_emb(x, positions),
-        )
-        done += tokens
-        results.append((x, output[0] if isinstance(output, tuple) else output))
-    return results
-
-
-def part(layer: nn.Module) -> None:
-    """Undo `join`."""
-    del layer.__dict__[_PLAN]
+def unfuse(layer: nn.Module) -> None:
+    """Undo `fuse`."""
+    del layer.__dict__[_CALL]
     layer.__class__ = type(layer).__mro__[1]
