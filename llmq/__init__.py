@@ -4,34 +4,65 @@
 >>> model = llmq.quantize(model, bits=8)
 >>> model = llmq.prune(model, pruning_rate=0.5)
 >>> llmq.fine_tune(model, train_data, epochs=10)
+
+Names are loaded when they are first used, so `import llmq` alone imports no torch. A program that
+calls `torch.ops.llmq` without a layer of llmq imports `llmq.nn` first, which registers the ops.
 """
 
-from llmq.evaluation.compare import compare
-from llmq.evaluation.evaluate import evaluate
-from llmq.models.transformers import accelerate, restore
-from llmq.nn import QuantEmbedding, QuantLinear, SparseLinear
-from llmq.planner.plan import plan
-from llmq.pruning.prune import prune
-from llmq.quantization.quantize import quantize
-from llmq.runtime.doctor import doctor
-from llmq.scheme import Scheme
-from llmq.storage.checkpoint import load, save
-from llmq.training.fine_tune import fine_tune
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "QuantEmbedding",
-    "QuantLinear",
-    "Scheme",
-    "SparseLinear",
-    "accelerate",
-    "compare",
-    "doctor",
-    "evaluate",
-    "fine_tune",
-    "load",
-    "plan",
-    "prune",
-    "quantize",
-    "restore",
-    "save",
-]
+from llmq.version import __version__
+
+if TYPE_CHECKING:
+    from llmq.evaluation.compare import compare as compare
+    from llmq.evaluation.evaluate import evaluate as evaluate
+    from llmq.models.accelerate import accelerate as accelerate
+    from llmq.models.accelerate import restore as restore
+    from llmq.nn import QuantEmbedding as QuantEmbedding
+    from llmq.nn import QuantLinear as QuantLinear
+    from llmq.nn import SparseLinear as SparseLinear
+    from llmq.planner.plan import plan as plan
+    from llmq.pruning.prune import prune as prune
+    from llmq.quantization.quantize import quantize as quantize
+    from llmq.runtime.doctor import doctor as doctor
+    from llmq.scheme import Scheme as Scheme
+    from llmq.storage.checkpoint import load as load
+    from llmq.storage.checkpoint import save as save
+    from llmq.training.fine_tune import fine_tune as fine_tune
+
+_MODULES = {
+    "QuantEmbedding": "nn",
+    "QuantLinear": "nn",
+    "Scheme": "scheme",
+    "SparseLinear": "nn",
+    "accelerate": "models.accelerate",
+    "compare": "evaluation.compare",
+    "doctor": "runtime.doctor",
+    "evaluate": "evaluation.evaluate",
+    "fine_tune": "training.fine_tune",
+    "load": "storage.checkpoint",
+    "plan": "planner.plan",
+    "prune": "pruning.prune",
+    "quantize": "quantization.quantize",
+    "restore": "models.accelerate",
+    "save": "storage.checkpoint",
+}
+__all__ = ["__version__", *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value = getattr(import_module(f"llmq.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in {module.name for module in iter_modules(__path__)}:
+        for module in _MODULES.values():  # so that llmq.formats.uniform is there, too
+            import_module(f"llmq.{module}")
+        return import_module(f"llmq.{name}")
+    raise AttributeError(f"module 'llmq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

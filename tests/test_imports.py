@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ast
 import json
+import pickle
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+import llmq
 from tests.helpers import PACKAGE, run_python
 
 ROOT = Path(__file__).parent.parent
@@ -114,12 +118,14 @@ def test_gpu_kernels_import_torch_and_triton_only() -> None:
 def test_import_loads_nothing_optional(record_property: pytest.FixtureRequest) -> None:
     code = """
 import json, sys, time
+import llmq
+assert "torch" not in sys.modules
 import torch
 before = set(sys.modules)
 events = []
 sys.addaudithook(lambda event, args: events.append(event))
 start = time.perf_counter()
-import llmq
+assert llmq.formats.uniform.quantize  # which loads everything that `llmq` names
 seconds = time.perf_counter() - start
 print(json.dumps({
     "seconds": seconds,
@@ -134,6 +140,33 @@ print(json.dumps({
     loaded = {name.partition(".")[0] for name in found["modules"]}
     assert loaded.isdisjoint({*OPTIONAL, "scipy", "pandas", "sklearn", "IPython", "hypothesis"})
     assert not {"torch._dynamo", "torch._inductor", "torch.onnx"} & set(found["modules"])
+
+
+def test_names_are_loaded_when_they_are_used() -> None:
+    """Every public name is there, by any road, and a pickle needs no import before it."""
+    layer = pickle.dumps(llmq.QuantLinear.from_linear(torch.nn.Linear(8, 4), "w8a8"))
+    code = f"""
+import pickle, sys
+import llmq
+assert set(llmq.__all__) <= set(dir(llmq)) and "torch" not in sys.modules
+try:
+    llmq.quantise
+except AttributeError as error:
+    assert "no attribute 'quantise'" in str(error)
+assert llmq.Scheme(bits=8).name == "w8a16" and "torch" not in sys.modules
+layer = pickle.loads({layer!r})
+assert type(layer) is llmq.QuantLinear and llmq.nn.QuantLinear is llmq.QuantLinear
+from llmq import *
+assert quantize is llmq.quantize and accelerate is llmq.accelerate
+"""
+    run_python(code)
+    typed = (PACKAGE / "__init__.py").read_text()
+    assert set(re.findall(r"import (\w+) as \1$", typed, re.M)) == {*llmq.__all__} - {"__version__"}
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert declared is not None and declared[1] == llmq.__version__
 
 
 def test_works_with_the_core_alone(tmp_path: Path) -> None:

@@ -262,5 +262,5 @@ def test_what_is_no_decoder_and_what_is_no_model() -> None:
     assert str(model.llmq_acceleration).startswith("nothing to accelerate")
     assert restore(model) is model and not hasattr(model, "llmq_acceleration")
     for verb in (accelerate, restore):
-        with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+        with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got str"):
             verb("smollm2")
