@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -66,7 +67,8 @@ def find(model: nn.Module, skip: tuple[str, ...] | None, *, embeddings: bool) ->
 
     Raises:
         TypeError: if `model` is no module or `skip` no tuple of strings.
-        ValueError: if the model is itself a single layer, which cannot be replaced in place.
+        ValueError: if the model is itself a single layer, which cannot be replaced in place, or a
+            pattern in `skip` matches nothing.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -97,6 +99,7 @@ def find(model: nn.Module, skip: tuple[str, ...] | None, *, embeddings: bool) ->
             found.reasons[name] = reason
         elif kind is not None:
             targets.append(Target(name, module, kind, all_places[id(module)]))
+    _check_skip(skip or (), {n for n, _ in model.named_modules() if n} | {t.name for t in targets})
     by_weight: dict[int, list[Target]] = {}
     for target in targets:
         weight = target.module._parameters.get("weight")
@@ -113,6 +116,21 @@ def find(model: nn.Module, skip: tuple[str, ...] | None, *, embeddings: bool) ->
         if all(path in found.reasons for path in inside):
             found.reasons[name] = found.reasons[inside[0]]
     return found
+
+
+def _check_skip(skip: tuple[str, ...], names: set[str]) -> None:
+    """Raise `ValueError` if a pattern matches none of a model's modules: a slip of the pen."""
+    for pattern in skip:
+        if any(matches(name, pattern) for name in names):
+            continue
+        known = {known for name in names for known in (name, *name.split("."))}
+        near = difflib.get_close_matches(pattern, sorted(known), n=3)
+        meant = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        longest = max(sorted(names), key=lambda name: name.count("."))
+        raise ValueError(
+            f"skip: {pattern!r} matches no layer of the model; {meant}A pattern is one or more "
+            f"whole parts of a name such as {longest!r}, or a shell pattern for all of it"
+        )
 
 
 def _places(model: nn.Module) -> dict[int, Places]:

@@ -80,7 +80,7 @@ def prune(
     found = find(model, skip, embeddings=False)
     if parsed.kind == "layers":
         choice = depth.prune(model, rate, skip or (), calls_of(model, data))
-        found = find(model, skip, embeddings=False)  # by the names that they have now
+        found = find(model, None, embeddings=False)  # by the names that they have now
         stays = {t.name: "in a layer that stays" for group in found.groups for t in group}
         attach(model, {}, stays | found.reasons, choice)
         return model

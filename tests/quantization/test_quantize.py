@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import llmq
 from llmq.models.targets import matches
 from llmq.nn import QuantEmbedding, QuantLinear, SparseLinear
 from llmq.pruning.prune import prune
@@ -141,6 +143,25 @@ def test_skip_is_named_in_the_report() -> None:
     reasons = {weight.name: weight.reason for weight in model.llmq_report.untouched}
     assert reasons["blocks.1.weight"] == "skip='blocks.1'"
     assert "lm_head" in reasons["embed.weight"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("haed", "did you mean 'head'"),
+        ("blocks.7", "matches no layer of the model; did you mean 'blocks"),
+        ("*.mlp", "or a shell pattern for all of it"),
+        ("", "'' matches no layer"),
+    ],
+)
+def test_skip_that_matches_nothing(pattern: str, message: str) -> None:
+    model = Tied()
+    model.head = nn.Linear(64, 8)
+    data = [torch.zeros(1, 4, dtype=torch.int64)]
+    for verb, given in ((quantize, {}), (llmq.prune, {}), (llmq.plan, {"data": data})):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            verb(model, **given, skip=("lm_head", pattern))
+    assert type(model.head) is nn.Linear and not hasattr(model, "llmq_report")
 
 
 @pytest.mark.parametrize(("isa", "scheme"), [("avx2", "w8a8"), (None, "w8a16")])

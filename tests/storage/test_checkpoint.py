@@ -66,7 +66,9 @@ STEPS = {
     "sparse": lambda m: llmq.prune(m, 0.5),
     "sparse-w8a8": lambda m: llmq.quantize(llmq.prune(m, 0.5), scheme="w8a8"),
     "2:4-w8a8": lambda m: llmq.prune(llmq.quantize(m, scheme="w8a8"), pattern="2:4"),
-    "block": lambda m: llmq.prune(m, 0.5, pattern="block-16x16", skip=("classifier", "lm_head")),
+    "block": lambda m: llmq.prune(
+        m, 0.5, pattern="block-16x16", skip=tuple({"classifier", "lm_head"} & {*m._modules})
+    ),
     "structured-w8a8": lambda m: llmq.quantize(
         llmq.prune(m, 0.5, pattern="structured"), scheme="w8a8"
     ),
