@@ -173,8 +173,8 @@ BAD = [
     ({"pruning_rate": True}, TypeError, r"must be a number in \[0, 1\), got True"),
     ({"pruning_rate": "half"}, TypeError, r"must be a number in \[0, 1\), got 'half'"),
     ({"pattern": "3:7"}, ValueError, r"unknown pattern '3:7'; use 'unstructured'"),
-    ({"method": "wish"}, ValueError, r"unknown method 'wish'; there is magnitude"),
-    ({"data": [1]}, ValueError, r"'magnitude' uses no data"),
+    ({"method": "wish"}, ValueError, r"unknown method 'wish'; choose 'magnitude' or 'wanda'"),
+    ({"method": "magnitude", "data": [1]}, ValueError, r"'magnitude' uses no data"),
     ({"pattern": "2:4", "pruning_rate": 0.6}, ValueError, r"its rate is 0\.5, got 0\.6"),
     (
         {"pattern": "block-5x8"},
@@ -183,6 +183,19 @@ BAD = [
     ),
     ({"pattern": "structured"}, ValueError, r"Sequential has no attention or MLP whose layers"),
 ]
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "block-8x8"])
+def test_a_method_is_picked_where_none_is_named(pattern: str) -> None:
+    x = torch.randn(32, 96)
+    picked = prune(make(), pattern=pattern, data=[x])
+    named = prune(make(), pattern=pattern, data=[x], method="sparsegpt")
+    assert picked.llmq_report.choice == (
+        "sparsegpt (picked, as there is data), calibrated on 1 batches"
+    )
+    assert torch.equal(picked(x), named(x))
+    by_magnitude = prune(make(), pattern=pattern, method="magnitude")
+    assert torch.equal(prune(make(), pattern=pattern)(x), by_magnitude(x))
 
 
 @pytest.mark.parametrize(("options", "error", "message"), BAD)

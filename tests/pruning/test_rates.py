@@ -130,7 +130,7 @@ def test_quantized_and_pruned_again() -> None:
     options: dict[str, Any] = {"data": data(), "allocation": "sensitivity"}
     model = Sum([1.0, 1e-3])
     llmq.quantize(model, scheme="w8a8")
-    llmq.prune(model, 0.5, **options)
+    llmq.prune(model, 0.5, method="magnitude", **options)
     first = {n: m.mask() for n, m in model.named_modules() if isinstance(m, SparseLinear)}
     llmq.prune(model, 0.6, method="wanda", **options)
     found = pruned(model)
@@ -188,11 +188,11 @@ def test_measurements_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown": ({"allocation": "owl"}, "unknown allocation 'owl'; there is uniform, sensitivity"),
-    "2:4": ({"pattern": "2:4"}, "pattern 2:4 leaves no choice of rates"),
-    "structured": ({"pattern": "structured"}, "pattern structured leaves no choice of rates"),
-    "layers": ({"pattern": "layers"}, "pattern layers leaves no choice of rates"),
-    "no data": ({"data": None}, "allocation 'sensitivity' needs data to calibrate with"),
+    "unknown": ({"allocation": "owl"}, "unknown allocation 'owl'; choose 'uniform'"),
+    "2:4": ({"pattern": "2:4"}, "pattern 2:4 takes one rate for all layers"),
+    "structured": ({"pattern": "structured"}, "pattern structured takes one rate for all layers"),
+    "layers": ({"pattern": "layers"}, "pattern layers takes one rate for all layers"),
+    "no data": ({"data": None}, "allocation 'sensitivity' needs calibration data"),
 }
 
 

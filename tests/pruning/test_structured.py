@@ -290,6 +290,14 @@ def test_data_tells_better_what_matters(name: str) -> None:
         assert refitted <= wanda <= magnitude
 
 
+def test_data_alone_refits() -> None:
+    data = [families.inputs("llama")]
+    picked = prune(families.make("llama"), 0.5, pattern="structured", data=data)
+    named = prune(families.make("llama"), 0.5, pattern="structured", method="sparsegpt", data=data)
+    assert torch.equal(families.output(picked, "llama"), families.output(named, "llama"))
+    assert picked.llmq_report.choice.endswith("refitted; sparsegpt (picked, as there is data)")
+
+
 def test_refit_is_least_squares() -> None:
     """With one block, what stays of the layer after is what lstsq gives for the same channels."""
     torch.manual_seed(0)
