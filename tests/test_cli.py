@@ -260,7 +260,7 @@ def test_compress_calibrates(
     for options, message in (
         (static, "static activations need data to measure their scales on"),
         (("--algorithm", "gptq"), "algorithm 'gptq' needs data"),
-        (("--algorithm", "magic"), "unknown algorithm 'magic'; there is rtn"),
+        (("--algorithm", "magic"), "unknown algorithm 'magic'; choose rtn"),
         (calibrated, "--calibrate goes with --algorithm"),
         (("--prune", 0.5, "--method", "wanda"), "method 'wanda' needs data"),
         (("--prune", 0.5, "--allocation", "sensitivity"), "allocation 'sensitivity' needs data"),

@@ -19,8 +19,7 @@ from torch import nn
 from llmq.formats import low_rank
 from llmq.nn import LowRankLinear, QuantLinear, SparseLinear, linear_weight
 from llmq.pruning import magnitude
-from llmq.quantization.rounding import ROUNDINGS
-from llmq.quantization.smoothquant_awq import SCALINGS
+from llmq.quantization.algorithm import ROUNDINGS, SCALINGS
 from llmq.scheme import PRESETS, Pattern, Scheme, resolve_scheme
 
 _ROTATED = 200e6  # bytes of weights among which large shapes rotate, so that M = 1 reads memory

@@ -25,14 +25,14 @@ from llmq.nn import (
     linear_weight,
 )
 from llmq.quantization import rounding, static_scale
-from llmq.quantization.smoothquant_awq import SCALINGS, Scaling
+from llmq.quantization.algorithm import parse_algorithm
+from llmq.quantization.smoothquant_awq import Scaling
 from llmq.report import Change, attach, few, relative_error
 from llmq.runtime import dispatch
 from llmq.scheme import Scheme, resolve_scheme
 from llmq.storage.resume import Kept, run_of
 
 _log = logging.getLogger("llmq")
-_DATA = "token ids, a pair (text, tokenizer), or batches of what the model takes"
 
 
 def quantize(
@@ -85,7 +85,7 @@ def quantize(
     """
     picked, choice = _pick(model, bits, scheme)
     static = picked.activations == "static"
-    scaling, how = _parse_algorithm(algorithm, data, static)
+    scaling, how = parse_algorithm(algorithm, static=static, has_data=data is not None)
     if resume is not None and data is None:
         raise ValueError("resume goes with data: without it there is next to nothing to resume")
     found = find(model, skip, embeddings=True)
@@ -162,28 +162,6 @@ def _said(
         became = "dynamic, and " if static else ""
         lines.append(f"{became}rounded to nearest, as no data reached them: {few(unreached)}")
     return "\n".join(lines)
-
-
-def _parse_algorithm(algorithm: str, data: Any, static: bool) -> tuple[str | None, str]:
-    """Return the scaling, if any, and the rounding that `algorithm` names."""
-    parts = algorithm.split("+") if isinstance(algorithm, str) else []
-    scaling = parts.pop(0) if parts and parts[0] in SCALINGS else None
-    how = parts.pop(0) if parts else "rtn"
-    if parts or how not in rounding.ROUNDINGS or (scaling is None and not algorithm):
-        raise ValueError(
-            f"unknown algorithm {algorithm!r}; there is {', '.join(rounding.ROUNDINGS)}, and "
-            f"before any of them {' or '.join(SCALINGS)}, as in 'smoothquant+gptq'"
-        )
-    if static and data is None:
-        raise ValueError(
-            f"static activations need data to measure their scales on: {_DATA}; or use a dynamic "
-            f"scheme, as w8a8"
-        )
-    if algorithm == "rtn" and data is not None and not static:
-        raise ValueError(f"algorithm {algorithm!r} uses no data; leave data=None")
-    if (how == "gptq" or scaling is not None) and data is None:
-        raise ValueError(f"algorithm {algorithm!r} needs data to calibrate with: {_DATA}")
-    return scaling, how
 
 
 def _pick(model: nn.Module, bits: int, scheme: str | Scheme | None) -> tuple[Scheme, str]:

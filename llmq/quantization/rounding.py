@@ -8,8 +8,6 @@ from llmq.formats import rtn, uniform
 from llmq.quantization import clip, gptq
 from llmq.scheme import Scheme
 
-ROUNDINGS = ("rtn", "clip", "gptq")
-
 
 def encode(
     weight: Tensor,
@@ -24,7 +22,7 @@ def encode(
     Args:
         weight: in floating point, finite.
         scheme: whose group size divides K.
-        rounding: one of `ROUNDINGS`.
+        rounding: one of `algorithm.ROUNDINGS`.
         moments: Σ xᵀx of the inputs, float32 [K, K], or its diagonal [K], which is enough for
             all but `"gptq"`; None where no data came: GPTQ then rounds to nearest.
         kept: bool [N, K], which weights are not zero and stay so; None for all.

@@ -31,7 +31,6 @@ from llmq.nn import linear_weight
 from llmq.quantization import static_scale
 from llmq.scheme import Scheme
 
-SCALINGS = ("smoothquant", "awq")
 _STEPS = 20  # of α from 0 to 1, as AWQ searches
 
 
@@ -39,7 +38,7 @@ class Scaling:
     """Scales a model block by block; keeps what it changed, and names what it could scale.
 
     Args:
-        kind: one of `SCALINGS`.
+        kind: one of `algorithm.SCALINGS`.
         schemes: how each layer, by name, will be coded.
     """
 

@@ -426,9 +426,9 @@ class Overflows(nn.Module):
 
 
 ERRORS = {
-    "no data": ({"algorithm": "gptq"}, ValueError, "'gptq' needs data to calibrate with"),
+    "no data": ({"algorithm": "gptq"}, ValueError, "'gptq' needs calibration data"),
     "static": ({"scheme": "w8a8-static"}, ValueError, "static activations need data to measure"),
-    "unknown": ({"algorithm": "gptq+awq"}, ValueError, "unknown algorithm 'gptq\\+awq'; there is"),
+    "unknown": ({"algorithm": "gptq+awq"}, ValueError, "unknown algorithm 'gptq\\+awq'; choose"),
     "empty": ({"algorithm": "gptq", "data": []}, ValueError, "data is empty"),
     "short": ({"algorithm": "awq", "data": torch.ones(1).long()}, ValueError, "data is empty"),
     "form": ({"algorithm": "awq", "data": 3}, TypeError, "data must be token ids"),

@@ -261,7 +261,7 @@ BAD = [
         Tied, (), {"bits": 4, "scheme": "w8a8"}, r"bits=4 contradicts scheme w8a8", id="both"
     ),
     pytest.param(
-        Tied, (), {"algorithm": "magic"}, r"unknown algorithm 'magic'; there is rtn", id="algorithm"
+        Tied, (), {"algorithm": "magic"}, r"unknown algorithm 'magic'; choose rtn", id="algorithm"
     ),
     pytest.param(Tied, (), {"data": [1]}, r"'rtn' uses no data", id="data"),
 ]
