@@ -57,9 +57,11 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f"llmq.{_MODULES[name]}"), name)
         globals()[name] = value
         return value
-    if name in {module.name for module in iter_modules(__path__)}:
+    found = {module.name: module.ispkg for module in iter_modules(__path__)}
+    if found.get(name):
         for module in _MODULES.values():  # so that llmq.formats.uniform is there, too
             import_module(f"llmq.{module}")
+    if name in found:
         return import_module(f"llmq.{name}")
     raise AttributeError(f"module 'llmq' has no attribute {name!r}")
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import json
 import platform
 import statistics
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from llmq.models.accelerate import accelerate
 from llmq.planner.layer_format import caller, fits, rotating, time_interleaved
+from llmq.quantization.quantize import quantize
 from llmq.runtime import dispatch
 
 # SmolLM2-135M, BERT-base, Llama-7B, and one that divides by nothing: (N, K).
@@ -37,6 +42,33 @@ SCHEMES = (
     "w4a16-quantile-g32",
     "sparse 50 % w8a8",
 )
+
+
+MODEL_SCHEMES = ("w8a8", "w8a8-g64", "w8a16", "w4a16-g32", "w4a8-g32")
+
+
+def main(args: Namespace) -> None:
+    """Run the command."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.what == "linear":
+        shapes, tokens = args.shape or SHAPES, args.tokens or TOKENS
+        records = linear(tuple(shapes), tuple(tokens), tuple(args.scheme or SCHEMES))
+        whole: dict[str, Any] = {"machine": machine(), "records": records}
+        print(json.dumps(whole, indent=1) if args.json else linear_table(records))
+        return
+    from llmq.commands import smollm2
+
+    original, _ = smollm2.load()
+    models: dict[str, Any] = {"float32": original}
+    for scheme in args.scheme or MODEL_SCHEMES:
+        models[scheme] = quantize(copy.deepcopy(original), scheme=scheme)
+        fast = accelerate(copy.deepcopy(models[scheme]))
+        if fast.llmq_acceleration.fused:
+            models[f"{scheme}, accelerated"] = fast
+    speeds = model_speeds(models)
+    whole = {"machine": machine(), "tokens_per_second": speeds}
+    print(json.dumps(whole, indent=1) if args.json else f"SmolLM2-135M\n{speed_table(speeds)}")
 
 
 def machine() -> dict[str, Any]:

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import sys
+from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,6 +67,16 @@ class Row:
     perplexity: float
     kl: float
     sample: str
+
+
+def main(args: Namespace) -> None:
+    """Run the command."""
+    record = run(args.output, quick=args.quick, fresh=args.fresh)
+    if args.json:
+        print(json.dumps(record, indent=1))
+    else:
+        print(markdown(record) if args.markdown else table(record))
+        print(f"\n{args.output / 'demo.html'} and {args.output / 'demo.json'} hold the rest")
 
 
 def text_tokens(tokenizer: Any) -> tuple[Tensor, Tensor]:

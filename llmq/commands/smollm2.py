@@ -51,6 +51,11 @@ def load_gguf(file: Path) -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(file.parent, **place)
 
 
+def converted_folder() -> Path:
+    """Return where `converted` keeps the model, whether it is there or not."""
+    return cache_folder() / "smollm2-135m-float32"
+
+
 def converted() -> Path:
     """Return a transformers directory of SmolLM2-135M-Instruct in float32, made at first use.
 
@@ -60,7 +65,7 @@ def converted() -> Path:
     Raises:
         FileNotFoundError: if the package is missing.
     """
-    target = cache_folder() / "smollm2-135m-float32"
+    target = converted_folder()
     if target.exists():
         return target
     file = find_gguf()

@@ -8,7 +8,9 @@ used from then on by every process that starts.
 from __future__ import annotations
 
 import functools
+import json
 import math
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +25,12 @@ from llmq.scheme import resolve_scheme
 SHAPES = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336))  # N, K of Llama-3-8B
 TOKENS = (1, 16, 64, 512, 4096)
 SCHEMES = ("w8a8", "w8a8-g64", "w8a16", "w4a16-g128")
+
+
+def main(args: Namespace) -> None:
+    """Run the command."""
+    tuned = tune(args.shape or SHAPES, args.tokens or TOKENS, args.scheme or SCHEMES)
+    print(json.dumps(tuned.entries, indent=1) if args.json else tuned)
 
 
 class Problem(NamedTuple):

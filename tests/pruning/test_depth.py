@@ -248,7 +248,9 @@ def test_refuses_what_it_cannot_do() -> None:
     assert_raises(lambda: run(data=None), ValueError, "'influence' needs calibration data")
     assert_raises(lambda: run(method="wanda"), ValueError, "choose 'influence' for pattern layers")
     assert_raises(
-        lambda: run(pattern="block", method="influence"), ValueError, "choose 'magnitude' or 'wanda'"
+        lambda: run(pattern="block", method="influence"),
+        ValueError,
+        "choose 'magnitude' or 'wanda'",
     )
     assert_raises(lambda: run(resume="kept"), ValueError, "resume goes with data, and with")
     skip = ("layers.1", "layers.2", "layers.3")
