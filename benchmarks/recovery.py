@@ -29,12 +29,12 @@ from torch import Tensor
 
 import llmq
 from benchmarks import corpora, results, t5_cmudict, tasks
+from benchmarks.student import make_student
 from llmq.commands import bench, smollm2
 from llmq.evaluation import intervals
 from llmq.evaluation.evaluate import model_bytes
 from llmq.evaluation.intervals import Interval
 from llmq.models.accelerate import accelerate
-from llmq.pruning.student import make_student
 
 Record = dict[str, Any]
 

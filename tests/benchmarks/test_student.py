@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import llmq
+from benchmarks.student import make_student
 from llmq.calibrate.data import calls_of
 from llmq.models.blocks import running
 from llmq.pruning.depth import influences
-from llmq.pruning.student import make_student
 from tests import families
 from tests.helpers import assert_raises, generator
 

@@ -23,7 +23,7 @@ def make_student(model: nn.Module, layers: int, *, data: Any = None) -> nn.Modul
 
     The first layer always stays. Without data the others are taken evenly, the last among them, as
     DistilBERT did (Sanh et al., arXiv:1910.01108). With data those go that change their input
-    least (ShortGPT: `algorithms/depth.py`).
+    least (ShortGPT: `llmq/pruning/depth.py`).
 
     Args:
         model: a transformers model; stays as it is.
