@@ -37,7 +37,7 @@ def silence(model: Any) -> None:
     Odd heads (key-value groups) and channels get rows of small weights in the layers before and
     columns of zeros in the layer after: a right pruning drops just these.
     """
-    blocks, _ = heads_and_channels.find(model, set())
+    blocks, _ = heads_and_channels.find_blocks(model, set())
     for block in blocks:
         dead = torch.arange(block.units) % 2 == 1
         if block.fused is not None:

@@ -53,7 +53,7 @@ class Slice:
 
 
 @dataclass
-class Block:
+class PrunableBlock:
     """An attention or an MLP: its units, its layers, and the integers that count them."""
 
     name: str
@@ -72,9 +72,11 @@ class Block:
     keep: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
-def find(model: nn.Module, skipped: set[str]) -> tuple[list[Block], set[tuple[str, int]]]:
+def find_blocks(
+    model: nn.Module, skipped: set[str]
+) -> tuple[list[PrunableBlock], set[tuple[str, int]]]:
     """Return what can shrink, and the (kind, size) of what is skipped: configs go on telling it."""
-    blocks: list[Block] = []
+    blocks: list[PrunableBlock] = []
     whole: set[tuple[str, int]] = set()
     for name, module in model.named_modules():
         for attention in layouts.ATTENTION:
@@ -136,7 +138,9 @@ def _counted(
     return {name: found} if found else {}
 
 
-def _attention(name: str, module: nn.Module, layout: layouts.AttentionLayout) -> Block | None:
+def _attention(
+    name: str, module: nn.Module, layout: layouts.AttentionLayout
+) -> PrunableBlock | None:
     paths = [path for path, _ in layout.projections] + [layout.output]
     layers: dict[str, nn.Module] = {
         path: child for path in paths if (child := _linear(module, path)) is not None
@@ -193,7 +197,7 @@ def _attention(name: str, module: nn.Module, layout: layouts.AttentionLayout) ->
             else (_join(_join(name, inner), layout.position_bias), embedding)
         )
     shared = re.sub(r"\.\d+\.", ".*.", name) if layout.position_bias else name
-    return Block(
+    return PrunableBlock(
         name,
         "heads",
         units,
@@ -215,7 +219,7 @@ def _features(layer: nn.Module | None, side: str) -> int:
     return int(next(getattr(layer, n) for n in names if hasattr(layer, n)))
 
 
-def _mlp(name: str, module: nn.Module, layout: layouts.MLPLayout) -> Block | None:
+def _mlp(name: str, module: nn.Module, layout: layouts.MLPLayout) -> PrunableBlock | None:
     paths = [path for path, _ in layout.up] + [layout.down]
     layers = [_submodule(module, path) for path in paths]
     if not all(is_linear(layer) for layer in layers):
@@ -239,7 +243,7 @@ def _mlp(name: str, module: nn.Module, layout: layouts.MLPLayout) -> Block | Non
     slices.append(Slice(_join(name, layout.down), layers[-1], "columns", [0], unit))
     units = channels // unit
     attributes = _counted(name, module, {layouts.CHANNELS: channels}, units)
-    return Block(name, "channels", units, channels, slices, attributes, name)
+    return PrunableBlock(name, "channels", units, channels, slices, attributes, name)
 
 
 def _channel_unit(down: nn.Module | None) -> int:
@@ -248,7 +252,7 @@ def _channel_unit(down: nn.Module | None) -> int:
     return 1 if group is None else group
 
 
-def split_experts(name: str, split: experts.SplitExperts) -> list[Block]:
+def split_experts(name: str, split: experts.SplitExperts) -> list[PrunableBlock]:
     shell = split.shell
     first: Any = split._modules[split.first]
     down: Any = split._modules["down_proj"]
@@ -262,7 +266,7 @@ def split_experts(name: str, split: experts.SplitExperts) -> list[Block]:
         if i == 0:
             attributes = _counted(f"{name}.shell", shell, {layouts.CHANNELS: channels}, units)
         blocks.append(
-            Block(
+            PrunableBlock(
                 f"{name}.{i}", "channels", units, channels, [up, output], attributes, f"{name}.{i}"
             )
         )
@@ -278,9 +282,9 @@ def _up_rows(shell: nn.Module, channels: int, unit: int) -> tuple[list[int], int
     return [0, 1], unit, 2
 
 
-def _fused_experts(name: str, module: nn.Module) -> Block:
+def _fused_experts(name: str, module: nn.Module) -> PrunableBlock:
     split = experts.SplitExperts.from_fused(module)
     down: Any = split._modules["down_proj"]
     channels = _features(down[0], "columns")
     attributes = _counted(name, module, {layouts.CHANNELS: channels}, channels)
-    return Block(name, "channels", channels, channels, [], attributes, name, fused=module)
+    return PrunableBlock(name, "channels", channels, channels, [], attributes, name, fused=module)

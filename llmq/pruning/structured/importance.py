@@ -26,11 +26,11 @@ from llmq.models.experts import SplitExperts
 from llmq.models.targets import Target
 from llmq.nn import dense_weight, is_conv1d
 from llmq.pruning.obs import DAMPING
-from llmq.pruning.structured.heads_and_channels import Block, split_experts
+from llmq.pruning.structured.heads_and_channels import PrunableBlock, split_experts
 from llmq.report import relative_error
 
 
-def scores(model: nn.Module, blocks: list[Block], calls: list[Call]) -> dict[str, Tensor]:
+def scores(model: nn.Module, blocks: list[PrunableBlock], calls: list[Call]) -> dict[str, Tensor]:
     """Return, by a block's name, each unit's share of the outputs, float64 [units].
 
     Experts that are one parameter are scored each, by its name in the layers that `SplitExperts`
@@ -38,7 +38,7 @@ def scores(model: nn.Module, blocks: list[Block], calls: list[Call]) -> dict[str
     """
     found: dict[str, Tensor] = {}
 
-    def score(block: Block, statistics: Statistics) -> None:
+    def score(block: PrunableBlock, statistics: Statistics) -> None:
         part = block.slices[-1]
         weight = dense_weight(part.layer).double()
         columns = part.index(torch.arange(block.units)).to(weight.device)
@@ -61,7 +61,7 @@ def scores(model: nn.Module, blocks: list[Block], calls: list[Call]) -> dict[str
 
 
 @contextmanager
-def _split(model: nn.Module, blocks: list[Block]) -> Iterator[list[Block]]:
+def _split(model: nn.Module, blocks: list[PrunableBlock]) -> Iterator[list[PrunableBlock]]:
     """Put layers in the place of fused experts for a while; gives each expert's block."""
     fused = {id(block.fused): block for block in blocks if block.fused is not None}
     places = [
@@ -84,7 +84,7 @@ def _split(model: nn.Module, blocks: list[Block]) -> Iterator[list[Block]]:
 
 
 def refit(
-    model: nn.Module, blocks: list[Block], calls: list[Call], journal: Journal
+    model: nn.Module, blocks: list[PrunableBlock], calls: list[Call], journal: Journal
 ) -> dict[str, float]:
     """Fit the layers after what will go to the outputs that they had; zero the columns that go.
 
@@ -99,7 +99,7 @@ def refit(
     """
     errors: dict[str, float] = {}
 
-    def fit(block: Block, statistics: Statistics) -> None:
+    def fit(block: PrunableBlock, statistics: Statistics) -> None:
         part = block.slices[-1]
         if not isinstance(part.layer, nn.Linear) and not is_conv1d(part.layer):
             return  # codes and masks stay what they are
@@ -120,9 +120,9 @@ def refit(
 
 def _visit(
     model: nn.Module,
-    blocks: list[Block],
+    blocks: list[PrunableBlock],
     calls: list[Call],
-    visit: Callable[[Block, Statistics], None],
+    visit: Callable[[PrunableBlock, Statistics], None],
     *,
     full: bool,
     what: str,
