@@ -48,13 +48,22 @@ def _unstructured(magnitude: Tensor, rate: float) -> Tensor:
     total = round(N * K * rate)
     if total == 0:
         return torch.ones_like(magnitude, dtype=torch.bool)
-    each, extra = divmod(total, N)
+    each = total // N
+    gone = (magnitude < 0).sum(1)
+    while each and int(gone.clamp_min(each).sum()) > total:
+        each -= 1  # some rows have lost more already: the others lose less
+    quota = gone.clamp_min(each)
+    extra = total - int(quota.sum())
     keep = torch.ones_like(magnitude, dtype=torch.bool)
-    if each:
+    if bool(quota.any()):
         # Selection takes half the time of sorting. Among equals the first go, up to the count.
-        threshold = magnitude.kthvalue(each, dim=1, keepdim=True).values
+        threshold = (
+            magnitude.kthvalue(each, dim=1, keepdim=True).values
+            if each
+            else torch.full_like(magnitude[:, :1], -torch.inf)
+        ).where(gone[:, None] <= each, magnitude.new_full((), -0.5))
         below, equal = magnitude < threshold, magnitude == threshold
-        open_places = each - below.sum(1, keepdim=True)
+        open_places = quota[:, None] - below.sum(1, keepdim=True)
         keep = ~(below | (equal & (equal.cumsum(1) <= open_places)))
     if extra:
         # What does not divide goes to the rows that lose the least by one more.

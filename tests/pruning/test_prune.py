@@ -166,6 +166,17 @@ def test_embeddings_and_what_is_tied_to_them_stay() -> None:
     assert "tied to an embedding" in untouched["embed.weight"]
 
 
+@pytest.mark.parametrize("rate", [0.25, 0.3, 0.5, 0.9])
+def test_rows_that_lost_more_get_nothing_back(rate: float) -> None:
+    """SparseGPT prunes some rows more than others; a higher rate by magnitude stays within it."""
+    weight = torch.randn(5, 24)
+    kept = torch.ones_like(weight, dtype=torch.bool)
+    kept[0, :20], kept[2, ::3] = False, False  # 28 of 120
+    found = magnitude.mask(weight * kept, parse_pattern("unstructured"), rate, kept)
+    assert not (found & ~kept).any()
+    assert magnitude.pruned(found) == round(120 * rate)
+
+
 BAD = [
     ({"pruning_rate": 1.0}, ValueError, r"pruning_rate must be in \[0, 1\), got 1\.0"),
     ({"pruning_rate": -0.1}, ValueError, r"pruning_rate must be in \[0, 1\), got -0\.1"),
