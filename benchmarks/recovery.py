@@ -332,7 +332,7 @@ def run_plan(args: argparse.Namespace) -> Record:
             minimize="bytes",
             calibration=torch.cat([windows[32:40], windows[-64:-56]]),
             validation={"articles": windows[-48:]},
-            resume=folder / "measured.json",
+            resume=folder / "measured",
         )
         print(plan, file=sys.stderr)
         llmq.save(plan.apply(copy.deepcopy(original)), folder / "plan")

@@ -10,13 +10,14 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from llmq.calibrate import kept_blocks
 from llmq.calibrate.folding import Journal
 from llmq.calibrate.stages import Call, Stage, Statistics, gather, stages
 from llmq.models import transformers as hf
 from llmq.models.targets import Found, Target
 from llmq.nn import CompressedLayer, dense_weight
 from llmq.report import relative_error
-from llmq.storage.resume import Block, Kept
+from llmq.storage.resume import Store
 
 
 class InputScaling(Protocol):
@@ -59,7 +60,7 @@ def compress(
     full: bool,
     sample: bool = False,
     scaling: InputScaling | None = None,
-    kept: Kept | None = None,
+    kept: Store | None = None,
 ) -> Compressed:
     """Convert the layers of `found`, and put them into the model, in the order in which they run.
 
@@ -87,7 +88,9 @@ def compress(
             left = [group for group in left if group[0].name not in taken]
             single = [group[0] for group in groups if len(group) == 1]
             keeps = kept if stage.name and len(single) == len(groups) else None
-            earlier = None if keeps is None else keeps.load(i, model, single, journal)
+            earlier = None
+            if keeps is not None:
+                earlier = kept_blocks.load(keeps, i, model, single, journal)
             if earlier is not None:
                 _place(done, list(zip(single, earlier.layers, strict=True)))
                 done.unreached += earlier.unreached
@@ -103,8 +106,8 @@ def compress(
                 if len(new) == len(groups):
                     errors = {t.name: _error(t, m) for t, m in done.layers[first:]}
                     folded = [] if scaling is None else scaling.folded[folds:]
-                    block = Block([], done.unreached[missed:], errors, folded)
-                    keeps.save(i, model, new, journal.changed(changes), block)
+                    block = kept_blocks.KeptBlock([], done.unreached[missed:], errors, folded)
+                    kept_blocks.save(keeps, i, model, new, journal.changed(changes), block)
     return done
 
 

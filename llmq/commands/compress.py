@@ -190,7 +190,7 @@ def _plan(
         max_kl=args.max_kl,
         max_perplexity_increase=args.max_ppl_increase,
         skip=skip,
-        resume=keep("plan.json"),
+        resume=keep("plan"),
         **options,
     )
     note(plan)

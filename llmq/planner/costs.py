@@ -1,15 +1,12 @@
-"""What each format would cost and lose in each part of a model, measured and kept in a file."""
+"""What each format would cost and lose in each part of a model, measured and kept to go on from."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +15,15 @@ from tqdm.auto import tqdm
 from llmq.evaluation.sensitivity import Sensitivity, Unit
 from llmq.models.targets import Target
 from llmq.nn import LowRankLinear, QuantLinear, SparseLinear, linear_bytes, linear_weight
-from llmq.planner.calibrated import Coded, divisions_of
+from llmq.planner.calibrated_layers import CalibratedLayers, divisions_of
 from llmq.planner.layer_format import fits, make_layer, parse, seconds_a_call
 from llmq.runtime import dispatch
-from llmq.storage.fingerprint import fingerprint
+from llmq.storage.resume import Store
 
 FLOAT = "float"  # left alone
 EIGHT_BITS = "8 bits"  # whichever format of 8 bits is fastest
 Minimize = Literal["both", "time", "bytes"]
+_KEY = "measurements"  # of the entry that keeps them
 _LEAST = 1e-9  # KL of whatever is not left alone: rounding makes it 0 or less
 
 
@@ -51,9 +49,9 @@ def measure(
     units: list[Unit],
     formats: tuple[str, ...],
     tokens: tuple[int, ...],
-    kept: Measured,
+    kept: Measurements,
     moments: Moments,
-    coded: Coded,
+    calibrated: CalibratedLayers,
 ) -> list[list[Option]]:
     """Return the options of each unit; the first is to leave it alone.
 
@@ -64,7 +62,7 @@ def measure(
         tokens: that calls are timed for.
         kept: what was measured before.
         moments: of the inputs of each unit, where there are any.
-        coded: units in the formats that need data.
+        calibrated: units in the formats that need data.
     """
     times = _times(units, formats, tokens, kept)
     options: list[list[Option]] = []
@@ -73,9 +71,11 @@ def measure(
             size = sum(linear_bytes(t.module) for t in unit.distinct())
             row = [Option(FLOAT, 0.0, seconds[FLOAT], size)]
             for name in formats if unit.calls else ():
-                if not _fit(unit, name) or (parse(name).calibrated and not coded.get(unit, name)):
+                if not _fit(unit, name) or (
+                    parse(name).calibrated and not calibrated.get(unit, name)
+                ):
                     continue
-                made = replacement([(unit, name)], moments, coded)
+                made = replacement([(unit, name)], moments, calibrated)
                 kl = kept.get(unit, name)
                 if kl is None:
                     kl = sensitivity.kl(*parted(made))
@@ -89,7 +89,7 @@ def measure(
 
 
 def _times(
-    units: list[Unit], formats: tuple[str, ...], tokens: tuple[int, ...], kept: Measured
+    units: list[Unit], formats: tuple[str, ...], tokens: tuple[int, ...], kept: Measurements
 ) -> list[dict[str, tuple[float, ...]]]:
     """Return the seconds of each unit in each format that fits it, by count of tokens."""
     layers = Counter(tuple(linear_weight(t.module)[0].shape) for u in units for t in u.targets)
@@ -124,12 +124,12 @@ def _fit(unit: Unit, name: str) -> bool:
 
 
 def replacement(
-    taken: list[tuple[Unit, str]], moments: Moments, coded: Coded
+    taken: list[tuple[Unit, str]], moments: Moments, calibrated: CalibratedLayers
 ) -> list[tuple[Target, nn.Module]]:
     """Return what units in formats consist of, and what makes their inputs where scales divide it,
     with what each replaces.
     """
-    found = [coded.get(unit, name) if parse(name).calibrated else None for unit, name in taken]
+    found = [calibrated.get(unit, name) if parse(name).calibrated else None for unit, name in taken]
     divisions = divisions_of(found)
     made: list[tuple[Target, nn.Module]] = []
     left = dict(divisions)
@@ -146,7 +146,7 @@ def replacement(
             layers = {layer: make_layer(linear, name, own) for layer, linear in linears.items()}
         made += [(target, layers[target.name]) for target in unit.targets]
     for division in left.values():
-        target = division.target(coded.model)
+        target = division.target(calibrated.model)
         made.append((target, division.of(target.module)))
     return made
 
@@ -211,39 +211,29 @@ def uniform_seconds(options: list[list[Option]], name: str) -> list[float]:
     )
 
 
-class Measured:
-    """KL by unit and format, and seconds by shape, in a file that a plan goes on from.
+class Measurements:
+    """KL by unit and format, and seconds by shape, kept in a store that a plan goes on from.
 
     Args:
-        file: to keep them in, or None.
-        key: `run_of` the model and the text that KL is measured on.
-        run: `run_of` the model and the data that formats are calibrated on.
+        store: of the model and the text that KL is measured on.
+
+    Attributes:
+        calibration_run: what tells the data that formats are calibrated on from other data.
     """
 
-    def __init__(self, file: str | os.PathLike[str] | None, key: str, run: str = "") -> None:
-        self.file = None if file is None else Path(file)
-        self.key, self.run = key, run
-        self.kl: dict[str, float] = {}
-        self.times: dict[str, float] = {}
-        if self.file is None or not self.file.exists():
-            return
-        try:
-            kept = json.loads(self.file.read_text())
-            key, self.kl, self.times = kept["key"], kept["kl"], kept.get("seconds", {})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.file} holds no measurements of a plan") from error
-        if key != self.key:
-            raise ValueError(
-                f"{self.file} was measured for another model or other data; delete it or name "
-                f"another file"
-            )
+    def __init__(self, store: Store) -> None:
+        self.store, self.calibration_run = store, ""
+        entry = store.get(_KEY)
+        kept = {} if entry is None else entry.info
+        self.kl: dict[str, float] = kept.get("kl", {})
+        self.times: dict[str, float] = kept.get("seconds", {})
 
     def get(self, unit: Unit, name: str) -> float | None:
         return self.kl.get(self._name(unit, name))
 
     def put(self, unit: Unit, name: str, kl: float) -> None:
         self.kl[self._name(unit, name)] = kl
-        self._write()
+        self._keep()
 
     def seconds(
         self, weight: Tensor, names: tuple[str, ...], M: int, layers: int
@@ -256,21 +246,12 @@ class Measured:
         if any(prefix + name not in self.times for name in (FLOAT, *names)):
             found = seconds_a_call(N, K, names, M, dtype, device, layers)
             self.times.update({prefix + name: seconds for name, seconds in found.items()})
-            self._write()
+            self._keep()
         return {name: self.times[prefix + name] for name in (FLOAT, *names)}
 
     def _name(self, unit: Unit, name: str) -> str:
-        calibrated = self.run and parse(name).calibrated
-        return f"{unit.name} {name}" + (f" {self.run[:16]}" if calibrated else "")
+        run = self.calibration_run[:16] if parse(name).calibrated else ""
+        return f"{unit.name} {name} {run}".rstrip()
 
-    def _write(self) -> None:
-        if self.file is not None:
-            partial = self.file.with_suffix(".partial")
-            kept = {"key": self.key, "kl": self.kl, "seconds": self.times}
-            partial.write_text(json.dumps(kept))
-            os.replace(partial, self.file)
-
-
-def run_of(model: nn.Module, data: Any, units: list[Unit]) -> str:
-    """Return what tells a model, data and units from others."""
-    return fingerprint(model.named_parameters(), data, [unit.name for unit in units])
+    def _keep(self) -> None:
+        self.store.put(_KEY, {}, {"kl": self.kl, "seconds": self.times})

@@ -26,11 +26,16 @@ from llmq.evaluation.evaluate import WINDOW, batches_of
 from llmq.evaluation.sensitivity import Distance, Sensitivity, Unit, input_moments
 from llmq.models.targets import Found, Target, check_weight, find, swap
 from llmq.nn import CompressedLayer, linear_bytes, linear_weight
-from llmq.planner.calibrated import Coded, Divisions, Made, divisions_of
+from llmq.planner.calibrated_layers import (
+    CalibratedLayers,
+    CalibratedUnit,
+    Divisions,
+    divisions_of,
+)
 from llmq.planner.costs import (
     EIGHT_BITS,
     FLOAT,
-    Measured,
+    Measurements,
     Minimize,
     Moments,
     Option,
@@ -38,7 +43,6 @@ from llmq.planner.costs import (
     measure,
     parted,
     replacement,
-    run_of,
     total_seconds,
     uniform_seconds,
 )
@@ -47,6 +51,8 @@ from llmq.planner.layer_format import make_layer, parse
 from llmq.pruning.prune import prune
 from llmq.quantization.quantize import quantize
 from llmq.report import Change, attach, relative_error
+from llmq.storage.fingerprint import fingerprint
+from llmq.storage.resume import Store
 
 # What `accelerate` takes into one op a decoder layer; quantile and sparse formats it does not.
 FORMATS = ("w8a8", "w8a8-g64", "w8a16", "w4a8-g32", "w4a16-g32")
@@ -88,7 +94,7 @@ class Plan:
         tries: whole choices that were measured.
         limits: seconds that the layers were to take at most in one pass, for each of `tokens`.
         validated: what `measured` is, on each further text.
-        coded: what data made of the units that become calibrated formats, by title.
+        calibrated: what data made of the units that become calibrated formats, by title.
     """
 
     choices: list[Choice]
@@ -100,7 +106,7 @@ class Plan:
     limits: tuple[float, ...] = ()
     validated: dict[str, Distance] = field(default_factory=dict)
     moments: Moments = field(default_factory=dict, repr=False)  # of units that become low-rank
-    coded: dict[str, Made] = field(default_factory=dict, repr=False)
+    calibrated: dict[str, CalibratedUnit] = field(default_factory=dict, repr=False)
 
     @property
     def bytes_before(self) -> int:
@@ -157,7 +163,7 @@ class Plan:
 
     def _apply(self, model: nn.Module, present: dict[str, Target]) -> None:
         # What scales divide comes first, so that all formats are made of what is divided already.
-        divisions = divisions_of(self.coded.values())
+        divisions = divisions_of(self.calibrated.values())
         for writer, division in divisions.items():
             target = present.get(writer) or division.target(model)
             divided = replace(target, module=division.of(target.module))
@@ -202,7 +208,7 @@ class Plan:
         for choice in self.choices:
             if choice.option.format != format_:
                 continue
-            made = self.coded[choice.title]
+            made = self.calibrated[choice.title]
             targets = [present[name] for name in choice.names]
             layers = made.layers(format_, {t.name: t.module for t in targets}, divisions)
             for target in targets:
@@ -218,8 +224,8 @@ class Plan:
             name: getattr(self, name)
             for name in ("bytes_before", "bytes_after", "seconds_before", "seconds_after")
         }
-        kept = asdict(replace(self, moments={}, coded={}))
-        del kept["moments"], kept["coded"]
+        kept = asdict(replace(self, moments={}, calibrated={}))
+        del kept["moments"], kept["calibrated"]
         return json.dumps({**kept, **totals}, indent=1)
 
     def __str__(self) -> str:
@@ -319,8 +325,8 @@ def plan(
         validation: further text that the bound must hold on, as `data`, or several as a dict by
             name: text of another kind than `data` may lose more.
         skip: layers to leave alone, as in `llmq.quantize`.
-        resume: a file that keeps what is measured, from which an interrupted plan goes on; layers
-            that are calibrated are kept in the folder of its name and `.coded`, else in memory.
+        resume: a directory that keeps what is measured and calibrated. If the call is interrupted,
+            the same call goes on from there. None keeps it in memory.
 
     Returns:
         A plan whose bound held on the second half of the data and on each text of `validation`, at
@@ -329,7 +335,7 @@ def plan(
 
     Raises:
         ValueError: if a bound or format is unusable, the data is too short, a layer is compressed
-            already or has weights that are not finite, or `resume` belongs to another plan.
+            already or has weights that are not finite, or `resume` holds work of another plan.
 
     Example:
         >>> plan = llmq.plan(model, tokens, max_kl=0.01)
@@ -360,18 +366,19 @@ def plan(
     try:
         sensitivity = Sensitivity(model, probe)
         units = sensitivity.units(found.groups)
-        coded = Coded(model)
+        calibrated = CalibratedLayers(model)
+        measurements = Measurements(_store(resume, model, probe, units))
         if any(form.calibrated for form in wanted):
             calls = calls_of(model, fit if calibration is None else calibration)
-            folder = None if resume is None else Path(f"{os.fspath(resume)}.coded")
-            coded = Coded(model, run_of(model, calls, units), folder)
-        key = "" if resume is None else run_of(model, probe, units)
-        kept = Measured(resume, key, coded.run)
-        if coded.run:
-            coded.calibrate(units, formats, calls)
+            folder = None if resume is None else Path(resume) / "calibrated"
+            calibrated = CalibratedLayers(model, _store(folder, model, calls, units))
+            measurements.calibration_run = calibrated.store.run
+            calibrated.calibrate(units, formats, calls)
         factored = any(form.low_rank for form in wanted)
         moments = input_moments(model, fit, units) if factored else {}
-        options = measure(sensitivity, units, tuple(formats), counts, kept, moments, coded)
+        options = measure(
+            sensitivity, units, tuple(formats), counts, measurements, moments, calibrated
+        )
         del sensitivity  # holds the logits and every block's output
         limits = [
             _TIE * seconds
@@ -385,7 +392,7 @@ def plan(
         def changed(choice: list[int]) -> tuple[dict[str, nn.Module], list[Target]]:
             parts = zip(units, options, choice, strict=True)
             taken = [(unit, row[i].format) for unit, row, i in parts if i]
-            return parted(replacement(taken, moments, coded))
+            return parted(replacement(taken, moments, calibrated))
 
         checked = choose(model, options, cost, solved, changed, fit, texts, bound)
     finally:
@@ -407,9 +414,19 @@ def plan(
             choice.title: made
             for unit, choice in chosen_units
             if choice.option.format != FLOAT and parse(choice.option.format).calibrated
-            if (made := coded.get(unit, choice.option.format)) is not None
+            if (made := calibrated.get(unit, choice.option.format)) is not None
         },
     )
+
+
+def _store(
+    directory: str | os.PathLike[str] | None, model: nn.Module, data: Any, units: list[Unit]
+) -> Store:
+    """Return the store of what this data tells of the model's units."""
+    if directory is None:
+        return Store(None)
+    names = [unit.name for unit in units]
+    return Store(directory, fingerprint(model.named_parameters(), data, names))
 
 
 def _counts(tokens: int | Sequence[int]) -> tuple[int, ...]:

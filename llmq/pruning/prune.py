@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from llmq.calibrate import blockwise
 from llmq.calibrate.data import calls_of
+from llmq.calibrate.kept_blocks import open_store
 from llmq.calibrate.stages import Statistics
 from llmq.models.targets import Target, find, swap
 from llmq.pruning import convert, depth
@@ -18,7 +19,6 @@ from llmq.pruning.rates import allocate
 from llmq.pruning.structured import remove
 from llmq.report import attach, few
 from llmq.scheme import parse_pattern
-from llmq.storage.resume import Kept, run_of
 
 
 def prune(
@@ -106,13 +106,13 @@ def prune(
             convert.check(target, parsed, rate if uniform else 1.0)
     calls = None if data is None else calls_of(model, data)
     kept = None
-    if resume is not None and calls is not None:
+    if calls is not None:
         options = f"prune {rate} {parsed.name} {method}" + f" {allocation}" * (not uniform)
-        kept = Kept(resume, run_of(options, found.groups, calls))
+        kept = open_store(resume, options, found.groups, calls)
     rates = {target.name: rate for group in found.groups for target in group}
     if not uniform and calls is not None:
         scaled = method != "magnitude"
-        rates = allocate(model, found.groups, calls, parsed, rate, wanda=scaled, resume=resume)
+        rates = allocate(model, found.groups, calls, parsed, rate, wanda=scaled, kept=kept)
 
     def pruned(group: list[Target], statistics: Statistics | None) -> list[nn.Module]:
         layers = [convert.convert(t, parsed, rates[t.name], method, statistics) for t in group]

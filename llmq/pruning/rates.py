@@ -15,10 +15,8 @@ bounds them so too.
 from __future__ import annotations
 
 import math
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,9 +28,9 @@ from llmq.calibrate.stages import Call
 from llmq.evaluation.sensitivity import Sensitivity, Unit
 from llmq.models.targets import Target
 from llmq.nn import SparseLinear, dense_weight
-from llmq.planner.costs import Measured, run_of
 from llmq.pruning import magnitude
 from llmq.scheme import Pattern
+from llmq.storage.resume import Store
 
 # Wanda's masks of SmolLM2-135M at a rate of 0.5, perplexity: 27.0 with the same rate for all, 24.6
 # within 0.1 of it, 24.1 within 0.2, 24.0 within 0.3.
@@ -40,6 +38,7 @@ SPAN = 0.2
 _STEPS = 40  # of a unit's rate between its bounds
 _ROWS = 512  # of outputs that are compared, from as many of the first calls as that takes
 _CALLS = 4  # but no more than these
+_KEY = "sensitivities"  # of the entry that keeps what is measured
 
 
 def allocate(
@@ -50,7 +49,7 @@ def allocate(
     rate: float,
     *,
     wanda: bool,
-    resume: str | os.PathLike[str] | None = None,
+    kept: Store | None = None,
 ) -> dict[str, float]:
     """Return the share of its weights that each layer is to lose, by name; `rate` in all.
 
@@ -64,7 +63,7 @@ def allocate(
         pattern: unstructured or block.
         rate: in (0, 1).
         wanda: whether scores are magnitudes times the norms of inputs, or magnitudes.
-        resume: a directory that keeps what is measured.
+        kept: where what is measured is kept, for this run of `llmq.prune`.
 
     Raises:
         ValueError: if more than `rate` is gone already.
@@ -74,19 +73,19 @@ def allocate(
         if sum(probe.rows for probe in probes) < _ROWS:
             probes.append(Sensitivity(model, call, headless=True))
     units = [unit for unit in probes[0].units(groups) if unit.calls]
-    file = None if resume is None else Path(resume) / "sensitivities.json"
-    kept = Measured(file, "" if file is None else run_of(model, calls[: len(probes)], units))
+    entry = None if kept is None else kept.get(_KEY)
+    losses: dict[str, float] = {} if entry is None else entry.info
     squares = _squares(model, calls, units) if wanda else {}
     tasks = [_Task.of(unit, squares.get(unit.name), pattern, rate) for unit in units]
     for task in tqdm(tasks, desc="allocate", unit="unit", delay=1, leave=False):
-        key = f"{pattern.name} {rate} {'wanda' if wanda else 'magnitude'}"
-        found = kept.get(task.unit, key)
-        if found is None:
-            layers = task.pruned(squares.get(task.unit.name), pattern)
+        name = task.unit.name
+        if name not in losses:
+            layers = task.pruned(squares.get(name), pattern)
             every = [probe.kl(layers, task.unit.targets) for probe in probes]
-            found = sum(every) / len(every)
-            kept.put(task.unit, key, found)
-        task.loss = found if math.isfinite(found) else 1e30
+            losses[name] = sum(every) / len(every)
+            if kept is not None:
+                kept.put(_KEY, {}, losses)
+        task.loss = losses[name] if math.isfinite(losses[name]) else 1e30
     shares = {target.name: rate for group in groups for target in group}
     for task, count in zip(tasks, _solve(tasks, rate), strict=True):
         shares |= task.shares(count)

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from llmq.calibrate import blockwise
 from llmq.calibrate.data import calls_of
+from llmq.calibrate.kept_blocks import open_store
 from llmq.calibrate.stages import Statistics
 from llmq.models.targets import Target, find, swap
 from llmq.quantization.algorithm import parse_algorithm
@@ -19,7 +20,6 @@ from llmq.quantization.fit_scheme import check, fitted, pick
 from llmq.quantization.smoothquant_awq import Scaling
 from llmq.report import attach, few
 from llmq.scheme import Scheme
-from llmq.storage.resume import Kept, run_of
 
 _log = logging.getLogger("llmq")
 
@@ -102,9 +102,7 @@ def quantize(
             for t in group
         }
         scaled = None if scaling is None else Scaling(scaling, schemes)
-        kept = None
-        if resume is not None:
-            kept = Kept(resume, run_of(f"quantize {schemes} {algorithm}", found.groups, calls))
+        kept = open_store(resume, f"quantize {schemes} {algorithm}", found.groups, calls)
         done = blockwise.compress(
             model,
             found,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import secrets
@@ -11,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from llmq.storage.atomic import sync
 
 if sys.platform != "win32":
     import fcntl
@@ -45,10 +46,10 @@ def replaced(target: Path, *, marker: str, ours: tuple[str, ...]) -> Iterator[Pa
                     _carry(entry, folder / entry.name)
         for path, _, files in os.walk(folder):
             for file in files:
-                _sync(Path(path, file))
-            _sync(Path(path))
+                sync(Path(path, file))
+            sync(Path(path))
         _swap(folder, target)
-        _sync(target.parent)
+        sync(target.parent)
 
 
 def check(target: Path, *, marker: str) -> None:
@@ -160,16 +161,3 @@ def _exchange(a: Path, b: Path) -> bool:
         return False
     # What else may be wrong, the two plain renames that follow will say.
     return bool(rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0)
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold a file or a directory's entries; links have nothing of their own."""
-    if sys.platform == "win32" or path.is_symlink():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        # Some network file systems refuse this for directories.
-        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
-            os.fsync(handle)
-    finally:
-        os.close(handle)

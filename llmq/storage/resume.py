@@ -1,139 +1,108 @@
-"""Keeps each block's compressed layers in a directory, so that an interrupted run can go on.
+"""Keeps what a run has done in a directory, so that the same call goes on after an interruption.
 
-`NNNN.safetensors` holds the canonical tensors of a block's layers and the parameters of others that
-scales were folded into; its metadata says what the layers are, and which run they belong to.
+Each entry is one safetensors file: tensors, and in its metadata JSON and what tells the run from
+others. Entries are written whole or not at all, so that a run may be killed at any moment.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from llmq.calibrate.folding import Journal
-from llmq.calibrate.stages import Call
-from llmq.models.targets import Target
-from llmq.nn import CompressedLayer, empty_layer
-from llmq.storage.fingerprint import fingerprint
-
-_FOLDED = "folded:"
+from llmq.storage.atomic import replaced_file
 
 
-class Block(NamedTuple):
-    """What became of one block: its layers, and what `blockwise.Compressed` says of them."""
+class Entry(NamedTuple):
+    """What was kept under one key: tensors, on CPU if they come from a file, and JSON values."""
 
-    layers: list[nn.Module]
-    unreached: list[str]
-    errors: dict[str, float]
-    folded: list[str]  # names of layers whose inputs were scaled
+    tensors: Mapping[str, Tensor]
+    info: dict[str, Any]
 
 
-class Kept:
-    """What a directory holds of one run.
+class Store:
+    """The entries of one run, by key.
 
     Args:
-        directory: is made if it is not there.
-        run: what tells this run from others: `run_of`.
+        directory: is made if it is missing. None keeps entries in memory, as they are given.
+        run: `fingerprint` of all that the entries depend on.
 
     Raises:
-        ValueError: if the directory holds another run.
+        ValueError: if `directory` is a file, or holds entries of another run.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], run: str) -> None:
-        self.folder = Path(directory)
+    def __init__(self, directory: str | os.PathLike[str] | None, run: str = "") -> None:
+        self.folder = None if directory is None else Path(directory)
         self.run = run
+        self._in_memory: dict[str, Entry] = {}
+        if self.folder is None:
+            return
         if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is a file; name a directory to keep blocks in")
+            raise ValueError(f"{self.folder} is a file; name a directory to resume from")
         self.folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(self.folder.glob("*.safetensors"))[:1]:
-            if _metadata(file).get("run") != run:
-                raise ValueError(
-                    f"{self.folder} holds blocks of another model, data or options; name an empty "
-                    f"directory, or repeat the call that was interrupted"
-                )
+            self._read(file)
 
-    def load(
-        self, stage: int, model: nn.Module, targets: list[Target], journal: Journal
-    ) -> Block | None:
-        """Return what `targets` became in an earlier run, None if that is not there."""
-        from safetensors.torch import load_file
+    def __contains__(self, key: str) -> bool:
+        return key in self._in_memory or (self.folder is not None and self._file(key).exists())
 
-        file = self.folder / f"{stage:04}.safetensors"
-        if not file.exists():
-            return None
-        about = json.loads(_metadata(file)["block"])
-        tensors = load_file(file)
-        layers: list[nn.Module] = []
-        for target in targets:
-            prefix = f"{target.name}."
-            own = {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
-            layer = empty_layer(about["layers"][target.name])
-            device = next(target.module.parameters()).device
-            layer.load_state_dict({n: t.to(device) for n, t in own.items()})
-            layers.append(layer.train(target.module.training))
-        for name, tensor in tensors.items():
-            if name.startswith(_FOLDED):
-                owner, _, parameter = name.removeprefix(_FOLDED).rpartition(".")
-                module = model.get_submodule(owner)
-                value = tensor.to(module.get_parameter(parameter).device)
-                journal.scale(module, parameter, _constant(value))
-        return Block(layers, about["unreached"], about["errors"], about["folded"])
+    def get(self, key: str) -> Entry | None:
+        """Return the entry of `key`, None if there is none.
 
-    def save(
-        self,
-        stage: int,
-        model: nn.Module,
-        layers: dict[str, Any],  # CompressedLayer
-        changed: list[tuple[nn.Module, str]],
-        block: Block,
-    ) -> None:
-        """Keep a block's new layers, and what else of it changed; whole or not at all."""
-        from safetensors.torch import save_file
+        Raises:
+            ValueError: if the file is damaged, or of another run.
+        """
+        if self.folder is None or key not in self:
+            return self._in_memory.get(key)
+        tensors: dict[str, Tensor] = {}
+        return Entry(tensors, self._read(self._file(key), tensors))
 
-        tensors: dict[str, Tensor] = {
-            f"{name}.{part}": tensor.contiguous()
-            for name, layer in layers.items()
-            for part, tensor in layer.canonical().items()
-        }
-        names = {id(module): name for name, module in model.named_modules()}
-        for module, parameter in changed:
-            if id(module) in names:  # others were replaced by their layers
-                value = module.get_parameter(parameter).detach().contiguous()
-                tensors[f"{_FOLDED}{names[id(module)]}.{parameter}"] = value
-        about: dict[str, Any] = {
-            "layers": {name: layer.config() for name, layer in layers.items()},
-            "unreached": block.unreached,
-            "errors": block.errors,
-            "folded": block.folded,
-        }
-        file = self.folder / f"{stage:04}.safetensors"
-        partial = file.with_suffix(".partial")
-        save_file(tensors, partial, {"run": self.run, "block": json.dumps(about)})
-        os.replace(partial, file)
+    def put(self, key: str, tensors: Mapping[str, Tensor], info: dict[str, Any]) -> None:
+        """Keep an entry in place of any earlier one.
 
+        Args:
+            key: may stand in a file's name.
+            tensors: may share memory.
+            info: what JSON can hold.
+        """
+        if self.folder is None:
+            self._in_memory[key] = Entry(tensors, info)
+            return
+        copies = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
+        with replaced_file(self._file(key)) as file:
+            save_file(copies, file, {"run": self.run, "info": json.dumps(info)})
 
-def run_of(options: str, groups: list[list[Target]], calls: list[Call]) -> str:
-    """Return what tells a run from others: options, the layers' weights, and data."""
-    weights = ((group[0].name, _weight(group[0].module)) for group in groups)
-    return fingerprint(weights, options, calls)
+    def remove(self, key: str) -> None:
+        """Forget an entry, if it is there."""
+        self._in_memory.pop(key, None)
+        if self.folder is not None:
+            self._file(key).unlink(missing_ok=True)
 
+    def _file(self, key: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{key}.safetensors"
 
-def _weight(module: Any) -> Tensor:
-    compressed = isinstance(module, CompressedLayer)
-    weight: Tensor = module.dequantize() if compressed else module.weight.detach()
-    return weight
-
-
-def _constant(value: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda _: value
-
-
-def _metadata(file: Path) -> dict[str, str]:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as opened:
-        return dict(opened.metadata() or {})
+    def _read(self, file: Path, into: dict[str, Tensor] | None = None) -> dict[str, Any]:
+        """Return the JSON of an entry's file, and add its tensors to `into`, if given."""
+        try:
+            with safe_open(file, framework="pt") as opened:
+                found = opened.metadata() or {}
+                if into is not None:
+                    into.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} is damaged ({error}); delete it to do its part again"
+            ) from error
+        if found.get("run") != self.run or "info" not in found:
+            raise ValueError(
+                f"{file.parent} holds work of another model, data or options; repeat the call that "
+                f"was interrupted, delete the directory, or name another one"
+            )
+        info: dict[str, Any] = json.loads(found["info"])
+        return info

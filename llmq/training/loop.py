@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from llmq.models.blocks import blocks, running
 from llmq.storage.fingerprint import fingerprint
+from llmq.storage.resume import Store
 from llmq.training.losses import Teacher, loss_of
 
 _WARMUP = 0.05  # of all steps
 _SAVE_EVERY = 60.0  # seconds between two states on disk
+_KEY = "training"  # of the entry that keeps the state
 
 
 @dataclass
@@ -88,9 +86,10 @@ def train(
     )
     total, history = settings.steps, History()
     best = Best(parameters)
-    state = None if folder is None else _State(Path(folder), settings, parameters)
-    if state is not None:
-        state.restore(parameters, optimizer, history, best)
+    state = (parameters, optimizer, history, best)
+    store = None if folder is None else _store(folder, settings, parameters)
+    if store is not None:
+        _restore(store, *state)
     started = saved = time.monotonic()
     first = len(history.losses)
     every = settings.validate_every or max(1, total // 10)
@@ -127,20 +126,20 @@ def train(
                     best.offer(history, done, _validate(model, validation, settings, teacher))
                 progress.set_postfix(loss=f"{value:.3f}", lr=f"{rate:.1e}", refresh=False)
                 progress.update()
-                if state is not None and time.monotonic() - saved > _SAVE_EVERY:
-                    state.save(parameters, optimizer, history, best)
+                if store is not None and time.monotonic() - saved > _SAVE_EVERY:
+                    _save(store, *state)
                     saved = time.monotonic()
     except KeyboardInterrupt:
-        if state is not None and whole and history.losses:
-            state.save(parameters, optimizer, history, best)
+        if store is not None and whole and history.losses:
+            _save(store, *state)
         raise
     if validation is None:
         history.best_step = total
     else:
         best.take()
     history.seconds = time.monotonic() - started
-    if state is not None:
-        state.file.unlink(missing_ok=True)
+    if store is not None:
+        store.remove(_KEY)
     return history
 
 
@@ -238,85 +237,61 @@ class Best:
             parameter.copy_(value)
 
 
-class _State:
-    """The state of an interrupted training, one safetensors file that replaces itself whole."""
+def _store(
+    folder: str | os.PathLike[str], settings: Settings, parameters: list[nn.Parameter]
+) -> Store:
+    """Return the store of this training's state: it starts from these parameters."""
+    start = ((str(i), p) for i, p in enumerate(parameters))
+    how = (settings.steps, settings.lr, settings.accumulate, str(settings.dtype))
+    return Store(folder, fingerprint(start, *how))
 
-    def __init__(self, folder: Path, settings: Settings, parameters: list[nn.Parameter]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = folder / "training.safetensors"
-        self.plan = {
-            "steps": settings.steps,
-            "lr": settings.lr,
-            "accumulate": settings.accumulate,
-            "dtype": str(settings.dtype),
-            "start": fingerprint((str(i), p) for i, p in enumerate(parameters)),
-        }
 
-    def save(
-        self,
-        parameters: list[nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        history: History,
-        best: Best,
-    ) -> None:
-        tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+def _save(
+    store: Store,
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    history: History,
+    best: Best,
+) -> None:
+    tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    for i, parameter in enumerate(parameters):
+        tensors[f"{i}.value"] = parameter
+        if best.values is not None:
+            tensors[f"{i}.best"] = best.values[i]
+        for name, value in optimizer.state[parameter].items():
+            tensors[f"{i}.state.{name}"] = value
+    past = ("losses", "learning_rates", "validation", "best_step")
+    store.put(_KEY, tensors, {name: getattr(history, name) for name in past})
+
+
+def _restore(
+    store: Store,
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    history: History,
+    best: Best,
+) -> None:
+    entry = store.get(_KEY)
+    if entry is None:
+        return
+    tensors, past = entry
+    with torch.no_grad():
         for i, parameter in enumerate(parameters):
-            tensors[f"{i}.value"] = parameter.detach()
-            if best.values is not None:
-                tensors[f"{i}.best"] = best.values[i]
-            for name, value in optimizer.state[parameter].items():
-                tensors[f"{i}.state.{name}"] = value
-        tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-        record = {
-            name: getattr(history, name)
-            for name in ("losses", "learning_rates", "validation", "best_step")
-        }
-        metadata = {"llmq": json.dumps({"plan": self.plan, "history": record})}
-        partial = self.file.with_suffix(".partial")
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, self.file)
-
-    def restore(
-        self,
-        parameters: list[nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        history: History,
-        best: Best,
-    ) -> None:
-        if not self.file.exists():
-            return
-        try:
-            with safe_open(self.file, framework="pt") as file:
-                record = json.loads((file.metadata() or {})["llmq"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            shapes = [tuple(tensors[f"{i}.value"].shape) for i in range(len(parameters))]
-            matches = record["plan"] == self.plan and shapes == [tuple(p.shape) for p in parameters]
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{self.file} is no state of a training: {error!r}") from error
-        if not matches:
-            raise ValueError(
-                f"{self.file} belongs to another training ({record['plan']}, not {self.plan}); "
-                f"delete it or name another checkpoint_dir"
-            )
-        with torch.no_grad():
-            for i, parameter in enumerate(parameters):
-                parameter.copy_(tensors[f"{i}.value"])
-                prefix = f"{i}.state."
-                optimizer.state[parameter] = {
-                    name.removeprefix(prefix): tensor.to(
-                        "cpu" if name.endswith(".step") else parameter.device
-                    )
-                    for name, tensor in tensors.items()
-                    if name.startswith(prefix)
-                }
-            if "0.best" in tensors:
-                best.values = [
-                    tensors[f"{i}.best"].to(parameter.device)
-                    for i, parameter in enumerate(parameters)
-                ]
-        torch.set_rng_state(tensors["rng"])
-        past = record["history"]
-        history.losses, history.learning_rates = past["losses"], past["learning_rates"]
-        history.validation = [(step, loss) for step, loss in past["validation"]]
-        history.best_step = past["best_step"]
-        history.resumed_at = len(history.losses)
+            parameter.copy_(tensors[f"{i}.value"])
+            prefix = f"{i}.state."
+            optimizer.state[parameter] = {
+                name.removeprefix(prefix): tensor.to(
+                    "cpu" if name.endswith(".step") else parameter.device
+                )
+                for name, tensor in tensors.items()
+                if name.startswith(prefix)
+            }
+        if "0.best" in tensors:
+            best.values = [
+                tensors[f"{i}.best"].to(parameter.device) for i, parameter in enumerate(parameters)
+            ]
+    torch.set_rng_state(tensors["rng"])
+    history.losses, history.learning_rates = past["losses"], past["learning_rates"]
+    history.validation = [(step, loss) for step, loss in past["validation"]]
+    history.best_step = past["best_step"]
+    history.resumed_at = len(history.losses)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import llmq
@@ -22,7 +23,7 @@ from llmq.models.targets import find
 from llmq.nn import QuantLinear, SparseLinear
 from llmq.planner import costs as planning
 from llmq.planner import knapsack as choosing
-from llmq.planner.calibrated import Coded
+from llmq.planner.calibrated_layers import CalibratedLayers
 from llmq.planner.costs import Option
 from llmq.planner.knapsack import solve
 from tests import families
@@ -49,8 +50,8 @@ def tokens(count: int = 1024, vocabulary: int = 128) -> Tensor:
     return torch.randint(3, vocabulary, (count,), generator=generator(0))
 
 
-def replaced(coded: Coded, taken: list[Any]) -> Any:
-    return planning.parted(planning.replacement(taken, {}, coded))
+def replaced(calibrated: CalibratedLayers, taken: list[Any]) -> Any:
+    return planning.parted(planning.replacement(taken, {}, calibrated))
 
 
 def model(family: str = "llama") -> nn.Module:
@@ -171,7 +172,7 @@ def test_kl_with_blocks_replayed_is_that_of_the_whole_model(family: str) -> None
     batch = tokens(48)[None]
     sensitivity = Sensitivity(made, batch)
     for unit in sensitivity.units(find(made, None, embeddings=False).groups):
-        layers, targets = replaced(Coded(made), [(unit, "w4a16-g32")])
+        layers, targets = replaced(CalibratedLayers(made), [(unit, "w4a16-g32")])
         found = sensitivity.kl(layers, targets)
         changed = copy.deepcopy(made)
         for name, layer in layers.items():
@@ -329,21 +330,24 @@ def test_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.Mo
         return genuine(self, *args)
 
     monkeypatch.setattr(Sensitivity, "kl", counting)
-    file = tmp_path / "plan.json"
-    settings = {"max_kl": 0.01, "formats": FORMATS, "resume": file}
+    settings = {"max_kl": 0.01, "formats": FORMATS, "resume": tmp_path / "plan"}
     made = model()
     with pytest.raises(KeyboardInterrupt):
         llmq.plan(made, tokens(), **settings)
-    assert len(json.loads(file.read_text())["kl"]) == 5
+    file = tmp_path / "plan" / "measurements.safetensors"
+    with safe_open(file, "pt") as kept:
+        assert len(json.loads(kept.metadata()["info"])["kl"]) == 5
     resumed = llmq.plan(made, tokens(), **settings)
     whole = llmq.plan(model(), tokens(), max_kl=0.01, formats=FORMATS)
     assert calls.count("measured") == 5 + 27 + 32  # 8 units of 4 formats, twice, and once more
     assert [c.option for c in resumed.choices] == [c.option for c in whole.choices]
-    with pytest.raises(ValueError, match="another model or other data"):
+    with pytest.raises(ValueError, match="another model, data or options"):
         llmq.plan(made, tokens().flip(0), **settings)
     file.write_text("{}")
-    with pytest.raises(ValueError, match="no measurements"):
+    with pytest.raises(ValueError, match="is damaged"):
         llmq.plan(made, tokens(), **settings)
+    with pytest.raises(ValueError, match="is a file; name a directory"):
+        llmq.plan(made, tokens(), **{**settings, "resume": file})
 
 
 def test_apply_leaves_the_model_as_it_was_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -567,8 +571,8 @@ def test_codes_are_those_of_quantize_where_nothing_comes_before() -> None:
     made, data = model(), tokens(1024)
     windows = [window[None] for window in data.split(512)]
     units = Sensitivity(made, windows[0]).units(find(made, None, embeddings=False).groups)
-    coded = Coded(made)
-    coded.calibrate(units, CODED, calls_of(made, windows))
+    calibrated = CalibratedLayers(made)
+    calibrated.calibrate(units, CODED, calls_of(made, windows))
     for name, scheme, algorithm in (
         ("w8a8 smoothquant", "w8a8", "smoothquant"),
         ("w4a8-g32 gptq", "w4a8-g32", "gptq"),
@@ -576,7 +580,7 @@ def test_codes_are_those_of_quantize_where_nothing_comes_before() -> None:
     ):
         whole = copy.deepcopy(made)
         llmq.quantize(whole, scheme=scheme, data=windows, algorithm=algorithm)
-        layers, targets = replaced(coded, [(units[0], name)])
+        layers, targets = replaced(calibrated, [(units[0], name)])
         assert len(layers) == 3 + ("smoothquant" in name)
         for target in targets:
             layer, other = layers[target.name], whole.get_submodule(target.name)
@@ -584,7 +588,7 @@ def test_codes_are_those_of_quantize_where_nothing_comes_before() -> None:
             # v_proj's rows take the scales of o_proj there, which were not asked for here.
             if not (algorithm == "smoothquant" and target.name.endswith("v_proj")):
                 assert all(torch.equal(a, b) for a, b in _pairs(layer, other)), target.name
-    assert coded.get(units[1], "w4a8-g32 gptq") is not None
+    assert calibrated.get(units[1], "w4a8-g32 gptq") is not None
 
 
 def test_scales_divide_the_layer_before_whatever_its_format() -> None:
@@ -598,28 +602,28 @@ def test_scales_divide_the_layer_before_whatever_its_format() -> None:
     units = sensitivity.units(find(made, None, embeddings=False).groups)
     gate_up, down = units[2], units[3]
     assert [len(unit.targets) for unit in (gate_up, down)] == [2, 1]
-    coded = Coded(made)
-    coded.calibrate(units, CODED, calls_of(made, windows))
+    calibrated = CalibratedLayers(made)
+    calibrated.calibrate(units, CODED, calls_of(made, windows))
     scaled = (down, "w8a8 smoothquant")
-    from_data = coded.get(*scaled)
+    from_data = calibrated.get(*scaled)
     assert from_data is not None
     division = from_data.division
     assert division is not None
     up = next(t for t in gate_up.targets if t.name == division.writer)
-    assert sensitivity.kl(*replaced(coded, [scaled])) < sensitivity.kl(
-        *replaced(coded, [(down, "w8a8")])
+    assert sensitivity.kl(*replaced(calibrated, [scaled])) < sensitivity.kl(
+        *replaced(calibrated, [(down, "w8a8")])
     )
     for name in (*FORMATS, *CODED, "low-rank 50 % w8a8"):
-        alone = replaced(coded, [(gate_up, name)])[0][up.name].dequantize()
-        layers, targets = replaced(coded, [scaled, (gate_up, name)])
+        alone = replaced(calibrated, [(gate_up, name)])[0][up.name].dequantize()
+        layers, targets = replaced(calibrated, [scaled, (gate_up, name)])
         assert len(targets) == len({target.name for target in targets})
         if "sparse" not in name and "low-rank" not in name:  # what is cut depends on sizes
             torch.testing.assert_close(
                 layers[up.name].dequantize() * division.by[:, None], alone, rtol=1e-5, atol=1e-6
             )
         both = sensitivity.kl(layers, targets)
-        parts = sensitivity.kl(*replaced(coded, [scaled])) + sensitivity.kl(
-            *replaced(coded, [(gate_up, name)])
+        parts = sensitivity.kl(*replaced(calibrated, [scaled])) + sensitivity.kl(
+            *replaced(calibrated, [(gate_up, name)])
         )
         assert both < 3 * parts
 
@@ -635,12 +639,12 @@ def test_scales_keep_what_large_channels_would_cost() -> None:
     batch = tokens(512)[None]
     sensitivity = Sensitivity(made, batch)
     units = sensitivity.units(find(made, None, embeddings=False).groups)
-    coded = Coded(made)
-    coded.calibrate(units, CODED[:1], calls_of(made, [batch]))
+    calibrated = CalibratedLayers(made)
+    calibrated.calibrate(units, CODED[:1], calls_of(made, [batch]))
     before = copy.deepcopy(made.state_dict())
     for unit in (units[0], units[4]):
-        plain = sensitivity.kl(*replaced(coded, [(unit, "w8a8")]))
-        assert sensitivity.kl(*replaced(coded, [(unit, "w8a8 smoothquant")])) < plain / 4
+        plain = sensitivity.kl(*replaced(calibrated, [(unit, "w8a8")]))
+        assert sensitivity.kl(*replaced(calibrated, [(unit, "w8a8 smoothquant")])) < plain / 4
     after = made.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before), "the norm is put back"
 
@@ -648,23 +652,23 @@ def test_scales_keep_what_large_channels_would_cost() -> None:
 def test_coded_layers_are_kept_and_not_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import llmq.planner.calibrated
+    import llmq.planner.calibrated_layers
 
-    data, settings = tokens(2048), {"formats": CODED, "resume": tmp_path / "plan.json"}
+    data, settings = tokens(2048), {"formats": CODED, "resume": tmp_path / "plan"}
     first = llmq.plan(model(), data, **settings)
     in_memory = llmq.plan(model(), data, formats=CODED)
     assert [c.option for c in first.choices] == [c.option for c in in_memory.choices]
-    assert len(list((tmp_path / "plan.json.coded").iterdir())) == 8 * 3  # units, weight formats
+    assert len(list((tmp_path / "plan" / "calibrated").iterdir())) == 8 * 3  # units, weight formats
 
     def never(*args: Any) -> Any:
         raise AssertionError("calibrated again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(llmq.planner.calibrated, "stages", never)
+        patched.setattr(llmq.planner.calibrated_layers, "stages", never)
         again = llmq.plan(model(), data, **settings)
     applied = [plan.apply(model()) for plan in (first, again)]
     assert all(torch.equal(a, b) for a, b in _pairs(*applied))
-    with pytest.raises(ValueError, match="coded for another model or other data"):
+    with pytest.raises(ValueError, match="another model, data or options"):
         llmq.plan(model(), data, calibration=data.flip(0), **settings)
 
 

@@ -254,10 +254,10 @@ def test_refuses_a_state_of_another_training(
     batches = [_ids()] * 4
     with pytest.raises(InterruptionError):
         llmq.fine_tune(model, _interrupting(2)(batches), checkpoint_dir=tmp_path)
-    with pytest.raises(ValueError, match="another training"):
+    with pytest.raises(ValueError, match="another model, data or options"):
         llmq.fine_tune(model, batches, epochs=2, checkpoint_dir=tmp_path)
     (tmp_path / "training.safetensors").write_bytes(b"not this")
-    with pytest.raises(ValueError, match="no state of a training"):
+    with pytest.raises(ValueError, match="is damaged"):
         llmq.fine_tune(model, batches, checkpoint_dir=tmp_path)
 
 

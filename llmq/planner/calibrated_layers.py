@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +27,7 @@ from llmq.nn import QuantLinear, linear_weight
 from llmq.planner.layer_format import Format, fits, parse
 from llmq.quantization import rounding
 from llmq.quantization.smoothquant_awq import Scaling
+from llmq.storage.resume import Store
 
 _SCALE = "scale"
 _DIVISION = "division"
@@ -71,7 +69,7 @@ class Division(NamedTuple):
 Divisions = dict[str, Division]  # by the writer's name
 
 
-class Made(NamedTuple):
+class CalibratedUnit(NamedTuple):
     """What calibration made of one unit.
 
     Args:
@@ -113,48 +111,44 @@ class Made(NamedTuple):
         return weight if scale is None else weight / scale.to(weight.device)
 
 
-def divisions_of(made: Iterable[Made | None]) -> Divisions:
+def divisions_of(made: Iterable[CalibratedUnit | None]) -> Divisions:
     """Return what units, if data made them, ask of the makers of their inputs."""
     found = [each.division for each in made if each is not None and each.division is not None]
     return {division.writer: division for division in found}
 
 
-@dataclass
-class Coded:
+class CalibratedLayers:
     """What calibration made of all units, by unit and weight format.
 
     Args:
         model: that the units are of.
-        run: what tells the model, data and units from others.
-        folder: where the candidates are kept; None keeps them in memory, where those of
-            `plan.CALIBRATED` take about as much as the float32 weights they are made of.
+        store: where they are kept. In memory, those of `plan.CALIBRATED` take about as much as the
+            float32 weights they are made of.
     """
 
-    model: nn.Module
-    run: str = ""
-    folder: Path | None = None
+    def __init__(self, model: nn.Module, store: Store | None = None) -> None:
+        self.model = model
+        self.store = Store(None) if store is None else store
 
-    def __post_init__(self) -> None:
-        self._made: dict[tuple[str, str], Made] = {}
-
-    def get(self, unit: Unit, name: str) -> Made | None:
+    def get(self, unit: Unit, name: str) -> CalibratedUnit | None:
         """Return what `unit` is in format `name`, None if calibration made nothing of it."""
-        key = (unit.name, _key(parse(name)))
-        made = self._made.get(key)
-        if made is None and self.folder is not None and self._file(*key).exists():
-            made = _load(self._file(*key), self.run)
-        return made if made is None or made.tensors else None
+        entry = self.store.get(_key(unit, _stored_as(parse(name))))
+        if entry is None or not entry.tensors:
+            return None
+        tensors = dict(entry.tensors)
+        by, info = tensors.pop(_DIVISION, None), entry.info
+        division = None if by is None else Division(info["writer"], by, info["offset"])
+        return CalibratedUnit(tensors, division)
 
     def calibrate(self, units: list[Unit], formats: Sequence[str], calls: list[Call]) -> None:
         """Code each of `units` in those of `formats` that need data, for inputs from `calls`.
 
         Raises:
-            ValueError: if the data gives a block NaN or infinite inputs, or `folder` holds what
-                was made of another model or other data.
+            ValueError: if the data gives a block NaN or infinite inputs.
         """
-        wanted = {_key(w): w for f in formats if (w := parse(f)).calibrated}
+        wanted = {_stored_as(w): w for f in formats if (w := parse(f)).calibrated}
         own = [unit for unit in units if unit.calls and len(unit.distinct()) == len(unit.targets)]
-        left = [unit for unit in own if not all(self._has(unit, key) for key in wanted)]
+        left = [unit for unit in own if not all(_key(unit, each) in self.store for each in wanted)]
         if not left:
             return
         names = {id(module): name for name, module in self.model.named_modules()}
@@ -169,57 +163,27 @@ class Coded:
                 if not left:
                     return
 
-    def _has(self, unit: Unit, key: str) -> bool:
-        return (unit.name, key) in self._made or (
-            self.folder is not None and self._file(unit.name, key).exists()
-        )
-
-    def _put(self, unit: Unit, key: str, made: Made) -> None:
-        if self.folder is None:
-            self._made[unit.name, key] = made
-            return
-        from safetensors.torch import save_file
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self._file(unit.name, key)
-        about: dict[str, Any] = {"run": self.run}
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in made.tensors.items()}
+    def _put(self, unit: Unit, stored_as: str, made: CalibratedUnit) -> None:
+        tensors, info = dict(made.tensors), {}
         if made.division is not None:
-            about |= {"writer": made.division.writer, "offset": made.division.offset}
-            tensors[_DIVISION] = made.division.by.cpu().clone()  # may be the scale itself
-        partial = file.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"made": json.dumps(about)})
-        os.replace(partial, file)
-
-    def _file(self, unit: str, key: str) -> Path:
-        assert self.folder is not None
-        # Names of many layers are longer than a file's may be.
-        digest = hashlib.sha256(f"{unit} {key}".encode()).hexdigest()[:16]
-        return self.folder / f"{key.replace(' ', '-')}-{digest}.safetensors"
+            tensors[_DIVISION] = made.division.by
+            info = {"writer": made.division.writer, "offset": made.division.offset}
+        self.store.put(_key(unit, stored_as), tensors, info)
 
 
-def _key(wanted: Format) -> str:
+def _key(unit: Unit, stored_as: str) -> str:
+    # Names of many layers are longer than a file's may be.
+    digest = hashlib.sha256(f"{unit.name} {stored_as}".encode()).hexdigest()[:16]
+    return f"{stored_as.replace(' ', '-')}-{digest}"
+
+
+def _stored_as(wanted: Format) -> str:
     """Name what is stored: 4-bit codes are the same whatever the activations are."""
     scheme = wanted.scheme
     assert scheme is not None
     if wanted.scaling is None:
         scheme = replace(scheme, activations=None, activation_group_size=None)
     return f"{scheme.name} {wanted.algorithm}"
-
-
-def _load(file: Path, run: str) -> Made:
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as opened:
-        about = json.loads((opened.metadata() or {}).get("made", "{}"))
-        if about.get("run") != run:
-            raise ValueError(
-                f"{file} was coded for another model or other data; delete its folder or name "
-                f"another file to resume from"
-            )
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    by = tensors.pop(_DIVISION, None)
-    return Made(tensors, None if by is None else Division(about["writer"], by, about["offset"]))
 
 
 def _inside(unit: Unit, block: str) -> bool:
@@ -232,7 +196,7 @@ def _code(
     writers: list[Unit],
     wanted: dict[str, Format],
     names: dict[int, str],
-) -> Iterator[tuple[Unit, str, Made]]:
+) -> Iterator[tuple[Unit, str, CalibratedUnit]]:
     """Give each of a block's units in each of the formats wanted; nothing where one cannot be.
 
     `writers` are all of the block's units, which may make the inputs of one another.
@@ -254,7 +218,7 @@ def _code(
             assert form.scheme is not None
             fitting = all(fits(key, *shape) for shape in shapes)
             if not fitting or not statistics.rows or (form.scaling and place is None):
-                made = Made({})
+                made = CalibratedUnit({})
             else:
                 made = _made(unit, form, statistics, place if form.scaling else None, names)
             yield unit, key, made
@@ -266,7 +230,7 @@ def _made(
     statistics: Statistics,
     fold: folding.Fold | None,
     names: dict[int, str],
-) -> Made:
+) -> CalibratedUnit:
     scheme, scale = form.scheme, None
     assert scheme is not None
     if fold is not None and form.scaling is not None:
@@ -285,7 +249,7 @@ def _made(
             if tensor is not None:
                 tensors[f"{target.name}:{name}"] = tensor
     if fold is None or scale is None:
-        return Made(tensors)
+        return CalibratedUnit(tensors)
     tensors[_SCALE] = scale.to(torch.float32)
     by = fold.divisor(tensors[_SCALE])
-    return Made(tensors, Division(names[id(fold.writer)], by, fold.offset))
+    return CalibratedUnit(tensors, Division(names[id(fold.writer)], by, fold.offset))
