@@ -179,16 +179,16 @@ def test_a_checkpoint_that_lies_about_ranks_is_refused(
 ) -> None:
     import json
 
-    from llmq.storage import checkpoint
+    from llmq.storage.description import DESCRIPTION, digest
 
     model = _narrow("llama")
     block = model.model.layers[0]
     block.mlp.up_proj = make_layer(block.mlp.up_proj, "low-rank 50 % float")
     llmq.save(model, tmp_path / "m")
-    file = tmp_path / "m" / checkpoint.DESCRIPTION
+    file = tmp_path / "m" / DESCRIPTION
     description = json.loads(file.read_text())
     assert description["low_rank"] == {"model.layers.0.mlp.up_proj": 21}
     description["low_rank"] = change
-    description["sha256"] = checkpoint._digest(description)
+    description["sha256"] = digest(description)
     file.write_text(json.dumps(description))
     assert_raises(lambda: llmq.load(tmp_path / "m"), ValueError, message)

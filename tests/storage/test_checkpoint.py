@@ -17,7 +17,8 @@ from torch import nn
 
 import llmq
 from llmq.nn import CompressedLayer
-from llmq.storage.checkpoint import DESCRIPTION, TENSORS, _digest
+from llmq.storage.checkpoint import TENSORS
+from llmq.storage.description import DESCRIPTION, digest
 
 tf = pytest.importorskip("transformers")
 
@@ -245,7 +246,7 @@ def _copied(saved: Path, target: Path) -> Path:
 def _described(folder: Path, **changes: object) -> None:
     """Change the description as someone would who also knows how to renew its checksum."""
     description = json.loads((folder / DESCRIPTION).read_text()) | changes
-    description["sha256"] = _digest(description)
+    description["sha256"] = digest(description)
     (folder / DESCRIPTION).write_text(json.dumps(description))
 
 

@@ -19,7 +19,8 @@ import torch
 
 import llmq
 from llmq.storage import architecture, tensor_file
-from llmq.storage.checkpoint import DESCRIPTION, TENSORS, _digest
+from llmq.storage.checkpoint import TENSORS
+from llmq.storage.description import DESCRIPTION, digest
 
 tf = pytest.importorskip("transformers")
 from tests import families  # noqa: E402  needs transformers
@@ -60,7 +61,7 @@ class Checkpoint:
             file.write_bytes(raw)
             description["tensors_sha256"] = hashlib.sha256(raw).hexdigest()
         description["tensors_bytes"] = file.stat().st_size
-        description["sha256"] = _digest(description)
+        description["sha256"] = digest(description)
         (target / DESCRIPTION).write_text(json.dumps(description))
         return target
 
