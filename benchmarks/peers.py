@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmq.planner import layer_format
+from llmq.planner import layer_format, timing
 
 # What runs a layer once: from float32 x [M, K] to anything.
 Call = Callable[[Tensor], Any]
@@ -225,7 +225,7 @@ def serve(name: str, threads: int) -> None:
                 if "prepare" in request:
                     N, K = request["prepare"]
                     torch.manual_seed(0)
-                    count = layer_format.copies(N * K * peer.bits / 8)
+                    count = timing.copies(N * K * peer.bits / 8)
                     layers.clear()
                     inputs.clear()
                     layers += [peer.make(nn.Linear(K, N).eval(), threads) for _ in range(count)]

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from llmq.models.accelerate import accelerate
-from llmq.planner.layer_format import caller, fits, rotating, time_interleaved
+from llmq.planner.layer_format import fits
+from llmq.planner.timing import caller, rotating, time_interleaved
 from llmq.quantization.quantize import quantize
 from llmq.runtime import dispatch
 

@@ -1,10 +1,10 @@
-"""Candidates of a plan that are coded with calibration data, kept until the plan has chosen.
+"""Layers quantized with calibration data, one for each unit and format that a plan may choose.
 
-Each unit is coded for the inputs that the original model gives it, a block in memory at a time, as
-which formats come before it is not known yet. Scales (SmoothQuant, Xiao et al., arXiv:2211.10438;
-AWQ, Lin et al., arXiv:2306.00978) divide what makes the unit's input: a norm, or rows of a linear
-layer. The latter's codes stay as they are, as rows have scales of their own, so that each format of
-each unit can be tried alone and goes with each of another unit.
+Each unit is quantized for the inputs that the original model gives it, as the formats of the layers
+before it are not known yet. One block is in memory at a time. Scales (SmoothQuant, Xiao et al.,
+arXiv:2211.10438; AWQ, Lin et al., arXiv:2306.00978) divide what makes the unit's input: a norm, or
+rows of a linear layer. Rows have scales of their own, so the codes of that linear layer stay the
+same. Each format of a unit can therefore be combined with each format of another.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llmq.calibrate.stages import Call, Stage, Statistics, gather, stages
 from llmq.evaluation.sensitivity import Unit
 from llmq.models.targets import Target
 from llmq.nn import QuantLinear, linear_weight
-from llmq.planner.layer_format import Format, fits, parse
+from llmq.planner.layer_format import LayerFormat, fits, parse
 from llmq.quantization import rounding
 from llmq.quantization.smoothquant_awq import Scaling
 from llmq.storage.resume import Store
@@ -177,7 +177,7 @@ def _key(unit: Unit, stored_as: str) -> str:
     return f"{stored_as.replace(' ', '-')}-{digest}"
 
 
-def _stored_as(wanted: Format) -> str:
+def _stored_as(wanted: LayerFormat) -> str:
     """Name what is stored: 4-bit codes are the same whatever the activations are."""
     scheme = wanted.scheme
     assert scheme is not None
@@ -194,7 +194,7 @@ def _code(
     stage: Stage,
     units: list[Unit],
     writers: list[Unit],
-    wanted: dict[str, Format],
+    wanted: dict[str, LayerFormat],
     names: dict[int, str],
 ) -> Iterator[tuple[Unit, str, CalibratedUnit]]:
     """Give each of a block's units in each of the formats wanted; nothing where one cannot be.
@@ -226,7 +226,7 @@ def _code(
 
 def _made(
     unit: Unit,
-    form: Format,
+    form: LayerFormat,
     statistics: Statistics,
     fold: folding.Fold | None,
     names: dict[int, str],

@@ -1,4 +1,4 @@
-"""What each format would cost and lose in each part of a model, measured and kept to go on from."""
+"""What each format costs and loses in each part of a model: measured, and kept for `resume`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from llmq.evaluation.sensitivity import Sensitivity, Unit
 from llmq.models.targets import Target
 from llmq.nn import LowRankLinear, QuantLinear, SparseLinear, linear_bytes, linear_weight
 from llmq.planner.calibrated_layers import CalibratedLayers, divisions_of
-from llmq.planner.layer_format import fits, make_layer, parse, seconds_a_call
+from llmq.planner.layer_format import fits, make_layer, parse
+from llmq.planner.timing import seconds_a_call
 from llmq.runtime import dispatch
 from llmq.storage.resume import Store
 
@@ -32,7 +33,7 @@ class Option:
     """One format for one unit: what it costs and what it loses.
 
     Args:
-        format: as `candidates.parse` reads it, or `"float"`.
+        format: as `layer_format.parse` reads it, or `"float"`.
         kl: of the whole model's output with this unit alone in that format, in nats a token.
         seconds: of the unit's layers in one pass of the model, for each count of tokens.
         bytes: of the unit's layers in a checkpoint.

@@ -1,7 +1,6 @@
-"""The choice of least cost: a knapsack, and the budget for it that keeps a bound as a whole.
+"""The choice of least cost as a knapsack problem: one format for each unit.
 
-One format a unit, least Σ cost with Σ KL within a budget and Σ time within limits. How much of the
-budget the whole choice takes is measured, as single changes add up but nearly.
+Σ cost is least with Σ KL within a budget, and Σ time within limits.
 """
 
 from __future__ import annotations
@@ -10,15 +9,9 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
-from tqdm.auto import tqdm
 
-from llmq.evaluation.sensitivity import Distance, distance
-from llmq.models.targets import Target
 from llmq.planner.costs import Option, total_seconds
 
 _STEPS = 1 << 14  # of the budget that `solve` tells apart
@@ -26,9 +19,6 @@ _DEAREST = 1e3  # price of time, in costs of the whole model, above which a limi
 _PAIRS = 256  # changes that are tried at once with each of the others
 _SINGLY = 1 << 13  # changes beyond which pairs would take minutes: the experts of a large model
 _LEAST = 0.01  # share of what is left, below which a change counts as taking that much
-_ROUNDS = 8  # whole choices tried on the text that is measured on
-_AGAIN = 2  # checks, after the first that held, of whether more would hold too
-_MARGIN = 0.7  # of the bound, aimed at by the mean: its upper end, and other text, take the rest
 
 
 def solve(options: list[list[Option]], costs: list[list[float]], budget: float) -> list[int]:
@@ -157,108 +147,3 @@ def _exchanged(
             return [int(at) - start for at, start in zip(taken[:-1], starts, strict=False)]
         for at in pair:
             taken[unit[at]] = at
-
-
-@dataclass
-class Checked:
-    """A choice, its distance from the original on each text, and how many were tried."""
-
-    choice: list[int]
-    distances: dict[str, Distance]
-    tries: int
-
-
-def choose(
-    model: nn.Module,
-    options: list[list[Option]],
-    costs: list[list[float]],
-    solved: Callable[[float], list[int]],
-    changed: Callable[[list[int]], tuple[dict[str, nn.Module], list[Target]]],
-    fit: list[Any],
-    texts: dict[str, list[Any]],
-    bound: tuple[str, float],
-) -> Checked:
-    """Return the choice of the largest budget that keeps the bound as a whole, and its check."""
-    kind, given = bound
-    limit = given if kind == "KL" else math.log1p(given)
-    measure_of = "kl" if kind == "KL" else "nll"
-    tries = 0
-
-    def loss(found: Distance, certain: bool) -> float:
-        mean = found.kl if kind == "KL" else found.nll
-        if mean is None:
-            raise ValueError("a bound on perplexity needs labels; give max_kl, or data with labels")
-        return found.intervals[measure_of].high if certain and found.intervals else mean
-
-    def whole(choice: list[int]) -> float:
-        nonlocal tries
-        tries += 1
-        return loss(distance(model, fit, *changed(choice)), certain=False)
-
-    def checked(choice: list[int]) -> tuple[dict[str, Distance], float]:
-        nonlocal tries
-        tries += 1
-        made = changed(choice)
-        found = {name: distance(model, text, *made) for name, text in texts.items()}
-        return found, max(loss(each, certain=True) for each in found.values())
-
-    def cost(choice: list[int]) -> float:
-        return sum(row[i] for row, i in zip(costs, choice, strict=True))
-
-    kept, distances = [0] * len(options), dict[str, Distance]()
-    failed: list[list[int]] = []
-    low, budget, high = 0.0, _largest(solved, _MARGIN * limit, whole), math.inf
-    again = -1  # checks after the first that held
-    while again < _AGAIN:
-        choice = solved(budget)
-        if not any(choice) or choice == kept:
-            break
-        if choice in failed:
-            budget *= 0.9
-            continue
-        found, worst = checked(choice)
-        if worst <= limit:
-            low = budget
-            if not any(kept) or cost(choice) < cost(kept):
-                kept, distances = choice, found
-        else:
-            failed.append(choice)
-            high = min(budget, _spent(options, choice))
-        if not any(kept):
-            # Other text is harder, or less sure: back off by as much, and a little more.
-            budget = 0.95 * high * limit / worst
-            continue
-        again += 1
-        budget = math.sqrt(low * high) if failed else low * limit / max(worst, 1e-12)
-        if budget < 1.02 * low:
-            break
-    return Checked(kept, distances, tries)
-
-
-def _largest(
-    solved: Callable[[float], list[int]], limit: float, loss: Callable[[list[int]], float]
-) -> float:
-    """Return a budget for Σ KL whose choice loses nearly `limit` as a whole, and not more."""
-    cheapest = solved(math.inf)
-    low, high, budget = 0.0, math.inf, limit
-    with tqdm(total=_ROUNDS, desc="plan: whole", unit="choice", delay=1, leave=False) as progress:
-        for _ in range(_ROUNDS):
-            choice = solved(budget)
-            if not any(choice):
-                break
-            found = loss(choice)
-            progress.update()
-            if found <= limit:
-                low = budget
-                if choice == cheapest or found > 0.9 * limit:
-                    break
-            else:
-                high = budget
-            budget *= min(limit / max(found, 1e-12), 4.0)
-            if not 1.02 * low < budget < 0.98 * high:
-                budget = (low + high) / 2 if high < math.inf else 2 * low
-    return low
-
-
-def _spent(options: list[list[Option]], choice: list[int]) -> float:
-    return sum(row[i].kl for row, i in zip(options, choice, strict=True))
