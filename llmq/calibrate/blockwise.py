@@ -12,7 +12,8 @@ from torch import nn
 
 from llmq.calibrate import kept_blocks
 from llmq.calibrate.folding import Journal
-from llmq.calibrate.stages import Call, Stage, Statistics, gather, stages
+from llmq.calibrate.stages import Call, Stage, stages
+from llmq.calibrate.statistics import Statistics, gather
 from llmq.models import transformers as hf
 from llmq.models.targets import Found, Target
 from llmq.nn import CompressedLayer, dense_weight

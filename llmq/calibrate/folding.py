@@ -2,7 +2,7 @@
 
 Readers get W s for W [N, K] and their input comes as x / s, s [K] being folded into what makes it:
 a norm's weight and bias, or the rows of a linear layer (v_proj for o_proj, up_proj for down_proj).
-Norms are found by watching one call, linear layers by the names in `integrations/layouts.py`; a
+Norms are found by watching one call, linear layers by the names in `models/layouts.py`; a
 place counts only if the block gives the same output with trial scales of 1/4 to 4 folded in.
 """
 
@@ -102,7 +102,7 @@ def divided(writer: nn.Module, value: Tensor, by: Tensor, offset: float = 0.0) -
     return (value + offset) / by - offset
 
 
-def find(block: nn.Module, call: Call, groups: list[list[Target]]) -> list[Fold]:
+def find_folds(block: nn.Module, call: Call, groups: list[list[Target]]) -> list[Fold]:
     """Return where the inputs of layers of `block` can be scaled, each tried with trial scales.
 
     Args:

@@ -1,4 +1,4 @@
-"""Runs data through a model block by block, and gathers what reaches its linear layers.
+"""Runs data through a model block by block.
 
 The calls of one block are kept at a time: those of the next are found by running the model again up
 to it, with the blocks before standing for what they gave, as already compressed. So each block is
@@ -8,10 +8,9 @@ compressed for the inputs that it will get, as in GPTQ (Frantar et al., arXiv:22
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from llmq.models.blocks import blocks, constant, running
-from llmq.models.targets import Target
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a forward
 
@@ -161,183 +159,3 @@ def _mapped(value: Any, change: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_mapped(entry, change) for entry in value)
     return value
-
-
-# -- what reaches linear layers --------------------------------------------------------------------
-
-ROWS = 512  # inputs of a layer that are kept as they are, for errors that moments do not tell
-_BINS = 1 << 15  # of Magnitudes
-_INFINITE = 0x7F80  # the bin of infinity; NaN come after it
-
-
-class Magnitudes:
-    """A streaming histogram of |x|, of which any percentile can be asked.
-
-    Bins are the upper 16 bits of a float32, its sign apart: 128 a power of two, from the smallest
-    subnormal to the largest number, so that no range need be known beforehand and what was counted
-    is never spread again (the logarithmic bins of DDSketch: Masson et al., arXiv:1908.10693,
-    section 2.1). Counts are exact, so the parts and order of a stream change nothing. 256 KiB.
-    """
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        self.counts = torch.zeros(_BINS, dtype=torch.int64, device=device)
-        self.largest = torch.zeros((), device=device)
-
-    def add(self, x: Tensor) -> None:
-        """Take in inputs x of any shape, in floating point."""
-        if x.numel():
-            magnitude = x.detach().float().abs().flatten()
-            self.largest = torch.maximum(self.largest, magnitude.amax())
-            bins = magnitude.view(torch.int32) >> 16
-            self.counts += torch.bincount(bins, minlength=_BINS)
-
-    def percentile(self, percent: float) -> float:
-        """Return v such that `percent` % of all |x| are at most v, exactly max|x| at 100.
-
-        With e the exact percentile, the least |x| that has `percent` % of all at or below it,
-        e <= v < e (1 + 1/128); where e is subnormal, e <= v < e + 2^-133.
-
-        Raises:
-            ValueError: if `percent` is not in (0, 100], nothing was taken in, or not all of it
-                was finite.
-        """
-        if not 0 < percent <= 100:
-            raise ValueError(f"a percentile is in (0, 100], got {percent}")
-        total = int(self.counts.sum())
-        if not total or bool(self.counts[_INFINITE:].any()):
-            what = "NaN or infinite inputs" if total else "no inputs"
-            raise ValueError(f"no percentile: {what}")
-        rank = math.ceil(percent * total / 100)
-        place = int((self.counts.cumsum(0) < rank).sum())
-        # The largest number of the bin; above all that was seen, it would bound nothing closer.
-        edge = torch.tensor((place << 16) | 0xFFFF, dtype=torch.int32).view(torch.float32)
-        return min(float(edge), float(self.largest))
-
-
-@dataclass
-class Statistics:
-    """Of the inputs x [rows, K] of layers that share them, streamed.
-
-    Args:
-        rows: inputs seen.
-        largest: max|x| of each channel, float32 [K].
-        absolute: Σ|x| of each channel, float32 [K].
-        moments: Σ xᵀx, float32 [K, K], or its diagonal [K] where that is all that was asked for.
-        sample: some of the inputs, evenly from each batch, float32 [≤ ROWS, K].
-        magnitudes: of all channels together, where asked for.
-    """
-
-    rows: int
-    largest: Tensor
-    absolute: Tensor
-    moments: Tensor
-    sample: list[Tensor] = field(default_factory=list)
-    magnitudes: Magnitudes | None = None
-
-    @classmethod
-    def empty(cls, K: int, device: torch.device, *, full: bool) -> Statistics:
-        """Return statistics of no inputs."""
-        zeros = torch.zeros(K, device=device)
-        moments = torch.zeros(K, K, device=device) if full else zeros.clone()
-        return cls(0, zeros, zeros.clone(), moments)
-
-    def add(self, x: Tensor, keep: int) -> None:
-        """Take in inputs x [..., K], of which `keep` are kept as they are."""
-        x = x.reshape(-1, x.shape[-1]).float()
-        if x.shape[0] == 0:
-            return
-        self.rows += x.shape[0]
-        self.largest = torch.maximum(self.largest, x.abs().amax(0))
-        self.absolute += x.abs().sum(0)
-        if self.moments.dim() == 2:
-            self.moments.addmm_(x.T, x)
-        else:
-            self.moments += x.square().sum(0)
-        if self.magnitudes is not None:
-            self.magnitudes.add(x)
-        if keep:
-            step = max(1, x.shape[0] // keep)
-            self.sample.append(x[::step][:keep].clone())
-
-    @property
-    def squares(self) -> Tensor:
-        """Σ x² of each channel, float32 [K]."""
-        return self.moments.diagonal() if self.moments.dim() == 2 else self.moments
-
-    def inputs(self) -> Tensor:
-        """Return the sample as one tensor, float32 [≤ ROWS, K]."""
-        return torch.cat(self.sample)
-
-    def scale(self, by: Tensor) -> None:
-        """Become the statistics of x / by, `by` [K] positive; `magnitudes` cannot."""
-        self.magnitudes = None
-        self.largest = self.largest / by
-        self.absolute = self.absolute / by
-        self.moments = self.moments / by / (by[:, None] if self.moments.dim() == 2 else by)
-        self.sample = [x / by for x in self.sample]
-
-    def check(self, name: str) -> None:
-        """Raise `ValueError` naming the layer if an input was NaN or infinite."""
-        if not bool(torch.isfinite(self.largest).all()):
-            raise ValueError(
-                f"{name} gets NaN or infinite inputs from the data; check the data, or run the "
-                f"model in float32"
-            )
-
-
-def gather(
-    stage: Stage,
-    groups: list[list[Target]],
-    *,
-    full: bool,
-    sample: bool = False,
-    magnitudes: bool = False,
-) -> list[Statistics]:
-    """Run a stage's calls and return the statistics of each group's inputs.
-
-    Args:
-        stage: whose data runs.
-        groups: layers that share one weight; groups that get the very same tensor (q/k/v) get the
-            same object.
-        full: whether to keep all second moments, not only their diagonal.
-        sample: whether to keep some inputs as they are.
-        magnitudes: whether to count |x|, for percentiles.
-
-    Raises:
-        ValueError: naming the layer that gets NaN or infinite inputs.
-    """
-    found: dict[int, Statistics] = {}
-    previous: dict[str, Any] = {"x": None, "group": -1}
-    keep = -(-ROWS // len(stage.calls)) if sample else 0
-    alone = [len(group) == 1 for group in groups]
-
-    def note(i: int, x: Tensor) -> None:
-        # The first call tells who shares: later ones follow it, and sum up once.
-        if i not in found:
-            other = previous["group"]
-            shares = x is previous["x"] and alone[i] and alone[other]
-            K = x.shape[-1]
-            found[i] = found[other] if shares else Statistics.empty(K, x.device, full=full)
-            if magnitudes and not shares:
-                found[i].magnitudes = Magnitudes(x.device)
-        if x is not previous["x"] or found[i] is not found[previous["group"]]:
-            found[i].add(x.detach(), keep)
-        previous.update(x=x, group=i)
-
-    with ExitStack() as stack:
-        for i, group in enumerate(groups):
-            for target in group:
-
-                def hook(_m: nn.Module, args: Any, kwargs: dict[str, Any], i: int = i) -> None:
-                    note(i, args[0] if args else next(iter(kwargs.values())))
-
-                handle = target.module.register_forward_pre_hook(hook, with_kwargs=True)
-                stack.callback(handle.remove)
-        for _ in stage.run():
-            previous.update(x=None)
-    for i, statistics in found.items():
-        statistics.check(groups[i][0].name)
-    return [
-        found.get(i) or Statistics.empty(0, torch.device("cpu"), full=full)
-        for i in range(len(groups))
-    ]

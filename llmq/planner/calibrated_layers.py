@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from llmq.calibrate import folding
 from llmq.calibrate.blockwise import still
-from llmq.calibrate.stages import Call, Stage, Statistics, gather, stages
+from llmq.calibrate.stages import Call, Stage, stages
+from llmq.calibrate.statistics import Statistics, gather
 from llmq.evaluation.sensitivity import Unit
 from llmq.models.targets import Target
 from llmq.nn import QuantLinear, linear_weight
@@ -208,7 +209,7 @@ def _code(
     folds: dict[frozenset[str], folding.Fold] = {}
     if scales and stage.name:
         linears = [[target] for unit in writers for target in unit.targets]
-        for fold in folding.find(stage.module, stage.calls[0], linears):
+        for fold in folding.find_folds(stage.module, stage.calls[0], linears):
             folds.setdefault(frozenset(target.name for target in fold.readers), fold)
     for unit in units:
         statistics = by_name[unit.targets[0].name]
@@ -235,7 +236,7 @@ def _made(
     assert scheme is not None
     if fold is not None and form.scaling is not None:
         schemes = {target.name: scheme for target in unit.targets}
-        scale = Scaling(form.scaling, schemes).choose(fold, statistics)
+        scale = Scaling(form.scaling, schemes).choose_scales(fold, statistics)
     if scale is not None:
         statistics = replace(statistics)  # others go on with those of the inputs as they come
         statistics.scale(scale)

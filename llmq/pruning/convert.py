@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.calibrate.stages import Statistics
+from llmq.calibrate.statistics import Statistics
 from llmq.models.targets import Target, check_weight
 from llmq.nn import QuantLinear, SparseLinear, linear_bytes, linear_weight
 from llmq.pruning import magnitude, obs, sparsegpt, wanda

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from llmq.calibrate import blockwise
 from llmq.calibrate.data import calls_of
 from llmq.calibrate.kept_blocks import open_store
-from llmq.calibrate.stages import Statistics
+from llmq.calibrate.statistics import Statistics
 from llmq.models.targets import Target, find, swap
 from llmq.pruning import convert, depth
 from llmq.pruning.method import check_rate, choose_method

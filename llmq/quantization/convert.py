@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from llmq.calibrate.stages import Statistics
+from llmq.calibrate.statistics import Statistics
 from llmq.models.targets import Target
 from llmq.nn import (
     CompressedLayer,

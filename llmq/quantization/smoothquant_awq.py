@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmq.calibrate.folding import Fold, Journal, find
-from llmq.calibrate.stages import Stage, Statistics
+from llmq.calibrate.folding import Fold, Journal, find_folds
+from llmq.calibrate.stages import Stage
+from llmq.calibrate.statistics import Statistics
 from llmq.formats import activation, rtn
 from llmq.models.targets import Target
 from llmq.nn import linear_weight
@@ -55,18 +56,18 @@ class Scaling:
         if not groups:
             return
         known = {g[0].name: s for g, s in zip(groups, statistics, strict=True)}
-        folds = find(stage.module, stage.calls[0], groups)
+        folds = find_folds(stage.module, stage.calls[0], groups)
         for fold in folds:
             stats = known[fold.readers[0].name]
             if not stats.rows:
                 continue
-            scale = self.choose(fold, stats)
+            scale = self.choose_scales(fold, stats)
             self.folded += [target.name for target in fold.readers]
             if scale is not None:
                 fold.apply(scale, self.journal)
                 stats.scale(scale)
 
-    def choose(self, fold: Fold, stats: Statistics) -> Tensor | None:
+    def choose_scales(self, fold: Fold, stats: Statistics) -> Tensor | None:
         """Return the scales [K] that lose least, None if it is those of 1."""
         x = stats.inputs()
         layers = [

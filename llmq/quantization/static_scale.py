@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llmq.calibrate.stages import Statistics
+from llmq.calibrate.statistics import Statistics
 from llmq.formats import activation
 
 _PARTS = tuple(2 ** (-step / 4) for step in range(25))  # of the range that are tried, down to 1/64

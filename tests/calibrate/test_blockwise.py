@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import llmq
 from llmq.calibrate.blockwise import still
 from llmq.calibrate.data import WINDOWS, calls_of
-from llmq.calibrate.folding import Journal, find
-from llmq.calibrate.stages import ROWS, Magnitudes, gather, stages
+from llmq.calibrate.folding import Journal, find_folds
+from llmq.calibrate.stages import stages
+from llmq.calibrate.statistics import ROWS, gather
 from llmq.models.targets import find as find_layers
 from tests import families
 from tests.helpers import assert_equal, generator
@@ -96,7 +97,7 @@ def test_statistics_and_shared_inputs() -> None:
         stage = next(iter(stages(model, calls)))
         q = stage.module.self_attn.q_proj
         handle = q.register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))
-        found = gather(stage, groups, full=False, sample=True, magnitudes=True)
+        found = gather(stage, groups, full=False, sample=True)
         handle.remove()
     x = torch.cat([i.reshape(-1, 64) for i in inputs])
     assert found[0] is found[1] is found[2] and found[0] is not found[3]
@@ -105,59 +106,8 @@ def test_statistics_and_shared_inputs() -> None:
     assert torch.allclose(found[0].absolute, x.abs().sum(0), rtol=1e-5)
     assert torch.allclose(found[0].squares, x.square().sum(0), rtol=1e-5)
     assert len(found[0].inputs()) == min(36, ROWS)
-    counts = found[0].magnitudes
-    assert counts is not None
-    assert int(counts.counts.sum()) == x.numel()
-    assert counts.percentile(100) == float(x.abs().max())
     found[0].scale(torch.full((64,), 2.0))
-    assert found[0].magnitudes is None  # of other inputs
     assert torch.equal(found[1].largest, x.abs().amax(0) / 2)
-
-
-STREAMS = {
-    "normal": lambda g: torch.randn(20_000, generator=g),
-    "outliers": lambda g: torch.randn(20_000, generator=g) ** 7,
-    "many decades": lambda g: 10 ** (80 * torch.rand(20_000, generator=g) - 42),  # and subnormals
-    "half": lambda g: torch.randn(20_000, generator=g).half(),
-    "mostly zero": lambda g: torch.randn(20_000, generator=g).sub(2).relu(),
-    "equal": lambda g: torch.full((999,), -1.5),
-    "one": lambda g: torch.tensor([3.0]),
-}
-
-
-@pytest.mark.parametrize("stream", STREAMS)
-def test_percentiles_of_a_stream(stream: str) -> None:
-    """Within a bin of the exact percentile, however the stream comes in parts."""
-    x = STREAMS[stream](generator(0))
-    found = Magnitudes()
-    for part in (x[:1], x[:0], x[1:7777].reshape(1, -1, 1), x[7777:]):
-        found.add(part)
-    again = Magnitudes()
-    again.add(x.flip(0))
-    ordered = x.float().abs().double().sort().values
-    for percent in (1e-3, 1, 50, 90, 99, 99.9, 99.99, 100):
-        rank = -(-percent * len(x) // 100)
-        exact, v = float(ordered[int(rank) - 1]), found.percentile(percent)
-        assert exact <= v < max(exact * (1 + 1 / 128), exact + 2.0**-133), percent
-        assert int((ordered <= v).sum()) >= rank
-        assert v == again.percentile(percent)
-    assert found.percentile(100) == float(ordered[-1])
-
-
-def test_no_percentile_of_what_is_not_there() -> None:
-    found = Magnitudes()
-    with pytest.raises(ValueError, match="no percentile: no inputs"):
-        found.percentile(50)
-    for bad in (torch.inf, -torch.inf, torch.nan):
-        found.add(torch.tensor([1.0]))
-        for percent in (0, -1, 100.1, torch.nan):
-            with pytest.raises(ValueError, match=r"in \(0, 100\]"):
-                found.percentile(percent)
-        assert found.percentile(50) == 1
-        found.add(torch.tensor([bad]))
-        with pytest.raises(ValueError, match="no percentile: NaN or infinite inputs"):
-            found.percentile(50)
-        found = Magnitudes()
 
 
 FOLDS = {  # of the linear layers of one block, how many can have their inputs scaled
@@ -183,7 +133,7 @@ def test_folds_change_nothing(name: str) -> None:
     with still(model):
         stage = next(iter(stages(model, calls)))
         groups = [t for t in found.groups if t[0].name.startswith(f"{stage.name}.")]
-        folds = find(stage.module, stage.calls[0], groups)
+        folds = find_folds(stage.module, stage.calls[0], groups)
         assert sum(len(fold.readers) for fold in folds) == FOLDS[name]
         for fold in folds:
             K = fold.readers[0].module.weight.shape[0 if name == "gpt2" else 1]

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from llmq.calibrate.blockwise import still
 from llmq.calibrate.folding import Journal
-from llmq.calibrate.stages import Call, Statistics, gather, stages
+from llmq.calibrate.stages import Call, stages
+from llmq.calibrate.statistics import Statistics, gather
 from llmq.models.experts import SplitExperts
 from llmq.models.targets import Target
 from llmq.nn import dense_weight, is_conv1d
