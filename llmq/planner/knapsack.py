@@ -65,7 +65,7 @@ def solve_within(
     """
     prices = [0.0] * len(limits)
 
-    def choose() -> list[int]:
+    def solve_priced() -> list[int]:
         priced = [
             [
                 c + sum(p * s / t for p, s, t in zip(prices, o.seconds, limits, strict=False))
@@ -79,26 +79,29 @@ def solve_within(
         taken = [row[j] for row, j in zip(options, choice, strict=True)]
         return total_seconds(taken)[i] > limits[i] * (1 + 1e-9)
 
-    choice = choose()
+    choice = solve_priced()
     for _ in limits:  # a price on one count of tokens may make another's choice slower
         for i in range(len(limits)):
             if past(i, choice) and prices[i] < _DEAREST:
-                choice = _priced(prices, i, choose, functools.partial(past, i))
+                choice = _raise_price(prices, i, solve_priced, functools.partial(past, i))
     return _exchanged(options, costs, budget, limits, choice) if limits else choice
 
 
-def _priced(
-    prices: list[float], i: int, choose: Callable[[], list[int]], past: Callable[[list[int]], bool]
+def _raise_price(
+    prices: list[float],
+    i: int,
+    solve_priced: Callable[[], list[int]],
+    past: Callable[[list[int]], bool],
 ) -> list[int]:
     """Raise `prices[i]` to the least at which the choice is not `past` its limit; return it."""
     low, prices[i] = prices[i], max(2 * prices[i], 1 / 16)
-    while past(choice := choose()):
+    while past(choice := solve_priced()):
         if prices[i] >= _DEAREST:
             return choice
         low, prices[i] = prices[i], 4 * prices[i]
     for _ in range(10):
         high, prices[i] = prices[i], (low + prices[i]) / 2
-        found = choose()
+        found = solve_priced()
         if past(found):
             low, prices[i] = prices[i], high
         else:

@@ -50,57 +50,58 @@ def fine_tune(
     gradient_checkpointing: bool = False,
     checkpoint_dir: str | os.PathLike[str] | None = None,
 ) -> History:
-    """Train `model` in place; pruned weights stay exactly zero and codes stay codes.
+    """Train a compressed model in place, to recover what compression lost.
 
-    Each compressed linear layer trains a float32 master of its weight (and its bias) through the
-    rounding of its scheme by a straight-through estimator, and is coded again at the end with the
-    same scheme and mask. All other parameters with `requires_grad` train as they are. Quantized
-    embeddings, and layers tied to them, stay as they are. AdamW, linear warm-up over 5 % of the
-    steps, cosine decay, gradients clipped to norm 1.
+    The model stays compressed: pruned weights stay exactly zero, and quantized weights stay
+    quantized. Each compressed linear layer trains a float32 copy of its weight through the rounding
+    of its scheme (a straight-through estimator). At the end the weight is quantized again, with the
+    same scheme and mask. Other parameters with `requires_grad` train as they are. Quantized
+    embeddings do not change, nor do layers tied to them. The optimizer is AdamW, with linear
+    warm-up over 5 % of the steps, cosine decay, and gradients clipped to norm 1.
 
     Args:
         model: compressed or not, on any device.
         train_data: batches, iterated once an epoch. A batch is token ids [T] or [B, T] (a causal
             model's own labels), a dict of the model's arguments with `labels`, or a pair
-            (inputs, targets). Without `len()` it is read into a list first.
+            (inputs, targets). Data without `len()` is read into a list first.
         epochs: passes over the data.
-        steps: stops after that many optimizer steps, however many passes that takes.
-        lr: peak learning rate; 3e-4 if None, 2e-3 with `"lora"`.
-        teacher: a model of the same vocabulary to learn from besides the labels, or without any
-            (`llmq/training/losses.py` has the formula).
-        method: `"full"`; or `"lora"`, which trains an update of low rank of each linear layer,
-            compressed or not, and nothing else: a few percent of the numbers for the optimizer to
-            keep. It passes mask and rounding as the weight does, and is merged at the end. Or
-            `"reconstruct"`, which does not train: each compressed layer is fitted by least squares
-            to what the teacher's layer of that name gives, in the order in which they run, on all
-            batches at once, whose labels are not used (`llmq/training/reconstruct.py`). Of the
-            other arguments it takes `train_data` and `teacher` alone.
-        teacher_weight: share of the loss that the distance from the teacher makes, in [0, 1].
-        hidden_weight: of the distance from the teacher's hidden states, added to the loss.
+        steps: how many optimizer steps to train, instead of `epochs`.
+        lr: peak learning rate. None stands for 3e-4, or 2e-3 with `"lora"`.
+        teacher: a model of the same vocabulary, usually the original, whose outputs the model
+            learns from. Labels are then optional (`llmq/training/losses.py` has the formula).
+        method: `"full"` trains all weights. `"lora"` trains a low-rank update of each linear
+            layer, compressed or not, and nothing else, so the optimizer needs little memory. The
+            update is added before mask and rounding, and merged at the end. `"reconstruct"` does
+            not train: it fits each compressed layer by least squares to the outputs of the
+            teacher's layer of the same name, on all batches at once and without labels
+            (`llmq/training/reconstruct.py`). It uses `train_data` and `teacher` only.
+        teacher_weight: share of the distance from the teacher in the loss, in [0, 1].
+        hidden_weight: weight of the distance from the teacher's hidden states, added to the loss.
         rank: of the update with `"lora"`.
-        learn_scales: whether the scales of uniform schemes train too; taken from the weights if
-            False.
-        validation: batches like `train_data`, on which the loss is taken before training, every
-            `validate_every` steps and at the end; the parameters with the least loss are kept, the
-            model as it was if training never helps.
-        validate_every: optimizer steps; a tenth of all if None.
+        learn_scales: True trains the scales of uniform schemes too. False computes them from the
+            weights at each step.
+        validation: batches like `train_data`. Their loss is measured before training, every
+            `validate_every` steps and at the end. The parameters with the lowest loss are kept; if
+            training never lowers it, the model is as before.
+        validate_every: optimizer steps; None stands for a tenth of all.
         accumulate: batches whose mean gradient makes one step.
-        dtype: `torch.bfloat16` computes matrix products in it (autocast); what trains stays
-            float32.
-        gradient_checkpointing: whether to recompute each block in its backward pass: memory for one
-            block and the inputs of all, for a third more time.
-        checkpoint_dir: where the state of training is kept, each minute. If a state of the same
-            training lies there, it goes on from it; the data must come in the same order.
+        dtype: `torch.bfloat16` computes matrix products in bfloat16 (autocast). Trained parameters
+            stay float32.
+        gradient_checkpointing: True computes each block again in its backward pass. Memory is then
+            needed for one block and the inputs of all, and training takes a third longer.
+        checkpoint_dir: a directory that keeps the state of training, once a minute. If training is
+            interrupted, the same call goes on from there. The data must come in the same order.
 
     Returns:
-        The loss and learning rate of every step, and the validation losses; with
-        `"reconstruct"` as losses the squared error of each layer's outputs, as a share of them.
+        The loss and learning rate of every step, and the validation losses. With `"reconstruct"`,
+        the losses are the squared errors of the layers' outputs, each as a share of the output.
 
     Raises:
-        TypeError: if an argument or a batch is of another form than those above.
-        ValueError: if an argument or a batch is unusable, nothing can be trained, a state in
-            `checkpoint_dir` belongs to another training, or the loss is not finite. The model is
-            then as it was, as it is after any other exception.
+        TypeError: if an argument or a batch is of another type than those above.
+        ValueError: if an argument or a batch cannot be used, if nothing can be trained, if
+            `checkpoint_dir` holds the state of another training, or if the loss is not finite.
+
+    After any exception the model is as it was before the call.
 
     Example:
         >>> llmq.fine_tune(model, windows, steps=100, teacher=original)
