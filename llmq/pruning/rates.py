@@ -15,16 +15,15 @@ bounds them so too.
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from llmq.calibrate.blockwise import still
-from llmq.calibrate.stages import Call
+from llmq.calibrate.stages import Call, Stage
+from llmq.calibrate.statistics import gather
 from llmq.evaluation.sensitivity import Sensitivity, Unit
 from llmq.models.targets import Target
 from llmq.nn import SparseLinear, dense_weight
@@ -220,19 +219,8 @@ def _pieces(weight: Tensor, pattern: Pattern) -> Tensor:
 
 def _squares(model: nn.Module, calls: list[Call], units: list[Unit]) -> dict[str, Tensor]:
     """Return Σ x² of the inputs of each unit, float32 [K], by its name."""
-    found: dict[str, Tensor] = {}
-    with still(model), ExitStack() as stack:
-        for unit in units:
-
-            def add(_m: nn.Module, args: Any, kwargs: Any, name: str = unit.name) -> None:
-                x = (*args, *kwargs.values())[0]
-                own = x.reshape(-1, x.shape[-1]).float().square().sum(0)
-                found[name] = found[name] + own if name in found else own
-
-            # One layer of a unit speaks for all: they share the input.
-            module = unit.targets[0].module
-            handle = module.register_forward_pre_hook(add, with_kwargs=True)
-            stack.callback(handle.remove)
-        for args, kwargs in calls:
-            model(*args, **kwargs)
-    return found
+    # One layer of a unit speaks for all: they share the input.
+    groups = [[unit.targets[0]] for unit in units]
+    with still(model):
+        found = gather(Stage("", model, calls, [{} for _ in calls]), groups, full=False)
+    return {unit.name: own.squares for unit, own in zip(units, found, strict=True) if own.rows}
