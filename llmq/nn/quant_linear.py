@@ -17,7 +17,7 @@ from llmq.nn.base import (
     input_scale_of,
     linear_weight,
 )
-from llmq.ops.define import pack_scales, unpack_scales
+from llmq.ops.reference import pack_scales, unpack_scales
 from llmq.runtime import dispatch
 from llmq.scheme import Scheme, resolve_scheme
 

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmq.ops.define import unpack_scales
+from llmq.ops.define import library
+from llmq.ops.reference import unpack_scales
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-_library = torch.library.Library("llmq", "FRAGMENT")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -156,12 +155,12 @@ def _fake(
     return x.new_empty(x.shape)
 
 
-_library.define(
+library.define(
     "decoder_layer(Tensor x, Tensor[] norms, Tensor cos, Tensor sin, Tensor(a!) keys, "
     "Tensor(b!) values, Tensor? mask, Tensor[] weights, Tensor[] weight_scales, "
     "Tensor[] weight_zero_points, Tensor[] biases, int[] bits, int[] activation_groups, "
     "SymInt start, float eps, float scaling) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.impl("decoder_layer", decoder_layer, "CompositeExplicitAutograd")
-torch.library.register_fake("llmq::decoder_layer", _fake, lib=_library)
+library.impl("decoder_layer", decoder_layer, "CompositeExplicitAutograd")
+torch.library.register_fake("llmq::decoder_layer", _fake, lib=library)

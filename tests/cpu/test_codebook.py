@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmq.formats import codebook
 from llmq.formats.uniform import pack_int4
-from llmq.ops.define import pack_scales
+from llmq.ops.reference import pack_scales
 from tests.cpu.isas import GROUPED_SHAPES, available, each_isa, float_tolerance
 from tests.helpers import assert_within
 

@@ -269,7 +269,7 @@ def test_quantize_activation_in_two_threads(isa: str) -> None:
 # -- the instruction set --------------------------------------------------------------------------
 
 _SCRIPT = """
-import torch, llmq.ops.define
+import torch, llmq.ops
 x, w = torch.ones(2, 8), torch.ones(3, 8, dtype=torch.int8)
 for _ in range(2): torch.ops.llmq.int8_linear(x, w, torch.ones(3, 1))
 """

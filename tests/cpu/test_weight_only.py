@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmq.formats import activation, uniform
-from llmq.ops.define import pack_scales
+from llmq.ops.reference import pack_scales
 from tests.cpu.isas import (
     DTYPES,
     GROUPED_SHAPES,

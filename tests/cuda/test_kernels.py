@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from llmq.formats import activation, bitmap, bitmap_tiles, semi_structured, uniform
-from llmq.ops import define
+from llmq.ops.dense import Int8Linear
+from llmq.ops.sparse import SemiStructuredLinear
 from tests.cuda_emulator import emulator
 from tests.helpers import assert_equal, assert_within, generator
 
@@ -161,7 +162,7 @@ def test_int8_equals_the_reference_to_the_bit(M: int, N: int, K: int, dtype: tor
     x, bias = tokens(M, K, dtype), torch.randn(N, generator=generator(3))
     codes, x_scale = emulator.quantize(x)
     memory = {"weight": weight, "scale": scale, "x_scale": x_scale, "bias": bias}
-    expected = define._Int8Linear(x, weight, scale, bias).reference()
+    expected = Int8Linear(x, weight, scale, bias).reference()
     for splits in (1, 3):
         y, counters = emulator.small_gemm(
             *("run_int8", codes, memory),
@@ -222,7 +223,7 @@ def test_bitmap_touches_its_own_memory_and_equals_the_reference(
     y, _ = emulator.small_gemm(
         *("run_bitmap", codes, memory, 1, True), dtype=torch.float32, **shape
     )
-    assert_equal(y, define._Int8Linear(x, values, scale).reference())
+    assert_equal(y, Int8Linear(x, values, scale).reference())
     for dtype in HALVES:
         x = tokens(M, K, dtype)
         memory.pop("x_scale", None)
@@ -349,7 +350,7 @@ def test_semi_structured_equals_the_reference_to_the_bit(M: int, N: int, K: int,
     memory = {"weight": stored.weight, "meta": stored.weight_meta, "scale": scale}
     memory |= {"x_scale": x_scale, "bias": bias}
     y, counters = emulator.semi_structured(codes, memory, dtype=dtype, plan=plan)
-    assert_equal(y, define._SemiStructuredLinear(x, *stored, scale, bias, 0).reference())
+    assert_equal(y, SemiStructuredLinear(x, *stored, scale, bias, 0).reference())
     assert_streams(counters, K // 2)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from llmq.formats import activation, bitmap, bitmap_tiles, uniform
 from llmq.nn import SparseLinear, empty_layer
-from llmq.ops import define
+from llmq.ops.dense import Int8Linear
+from llmq.ops.sparse import BitmapSparseLinear, SemiStructuredLinear
 from llmq.runtime import dispatch, gpu
 from llmq.scheme import resolve_scheme
 from tests.cuda.test_kernels import HALVES, assert_product, pairs, tokens
@@ -46,15 +47,15 @@ def test_a_given_scale_is_that_of_every_token() -> None:
         found = {
             "int8": (
                 native.cuda_int8_linear(x, dense, *last),
-                define._Int8Linear(x, dense, *last),
+                Int8Linear(x, dense, *last),
             ),
             "bitmap": (
                 native.cuda_bitmap_sparse_linear(x, *packed, *last),
-                define._BitmapSparseLinear(x, *encoded, *last),
+                BitmapSparseLinear(x, *encoded, *last),
             ),
             "2:4": (
                 native.cuda_semi_structured_linear(x, *stored, *last),
-                define._SemiStructuredLinear(x, *stored, *last),
+                SemiStructuredLinear(x, *stored, *last),
             ),
         }
         for name, (y, call) in found.items():
@@ -79,7 +80,7 @@ def test_int8_linear(M: int, N: int, K: int, group: int) -> None:
     scale, bias = torch.rand(N, 1, generator=generator(2)), torch.randn(N).to(torch.bfloat16)
     y = torch.ops.llmq.cuda_int8_linear(x, weight, scale, bias, group)
     if group == 0:
-        assert_equal(y, define._Int8Linear(x, weight, scale, bias).reference())
+        assert_equal(y, Int8Linear(x, weight, scale, bias).reference())
     codes, x_scale = activation.quantize_activation(x[0], group)
     coded = codes.float() * x_scale.repeat_interleave(group or K, 1)
     assert_product(y[0], coded, weight * scale, bias, "int8_linear")
@@ -181,8 +182,8 @@ def test_bitmap_sparse_linear_of_codes(M: int, N: int, K: int, density: float) -
     scale, bias = torch.rand(N, 1, generator=generator(2)), torch.randn(N)
     x = tokens(M, K, torch.bfloat16)
     y = torch.ops.llmq.cuda_bitmap_sparse_linear(x, *packed, scale, bias, 0)
-    assert_equal(y, define._BitmapSparseLinear(x, *encoded, scale, bias, 0).reference())
-    assert_equal(y, define._BitmapSparseLinear(x, *packed, scale, bias, 0).reference())
+    assert_equal(y, BitmapSparseLinear(x, *encoded, scale, bias, 0).reference())
+    assert_equal(y, BitmapSparseLinear(x, *packed, scale, bias, 0).reference())
     if K % 32 == 0:
         y = torch.ops.llmq.cuda_bitmap_sparse_linear(x, *packed, scale, None, 32)
         codes, x_scale = activation.quantize_activation(x, 32)
@@ -303,7 +304,7 @@ def test_the_table_leads_tiles_to_their_kernel_and_many_tokens_to_the_dense_one(
     group = 0 if scheme == "w8a8" else None
     held = (layer._parameters[n] for n in ("weight", "weight_bitmask", "row_offsets"))
     x = tokens(M, 144, HALVES[0])
-    call = define._BitmapSparseLinear(x, *held, layer.weight_scale, layer.bias, group)
+    call = BitmapSparseLinear(x, *held, layer.weight_scale, layer.bias, group)
     y = gpu.run("bitmap_sparse_linear", tuple(call), _no_reference, call.form, call.check())
     if group == 0:
         assert_equal(y, call.reference())
@@ -326,7 +327,7 @@ def test_tiles_of_floating_point_values_run_likewise(
     assert kernel.name == f"bitmap_sparse_linear_{'cuda' if M <= 64 else 'dense'}", kernel
     x = tokens(M, 144, dtype)
     held = (layer._parameters[n] for n in ("weight", "weight_bitmask", "row_offsets"))
-    call = define._BitmapSparseLinear(x, *held, None, layer.bias, None)
+    call = BitmapSparseLinear(x, *held, None, layer.bias, None)
     y = gpu.run("bitmap_sparse_linear", tuple(call), _no_reference, call.form, call.check())
     assert_product(y, x, plain.dequantize(), layer.bias, "tiles")
     other = HALVES[dtype == HALVES[0]]
@@ -343,7 +344,7 @@ def test_what_the_kernel_of_tiles_refuses_runs_dense(cuda_kernels: pytest.Monkey
     assert single.name.endswith("_dense") and "float32" in single.reason
     values, _, packed = sparse(64, 96, 0.5, HALVES[0])
     x = tokens(65, 96, HALVES[0])
-    call = define._BitmapSparseLinear(x, *packed)
+    call = BitmapSparseLinear(x, *packed)
     y = gpu.run("bitmap_sparse_linear", tuple(call), _no_reference, call.form, call.check())
     assert_equal(y, nn.functional.linear(x, values))
     canonical = dispatch.Format(8, 0, 0)
@@ -362,7 +363,7 @@ def test_semi_structured_linear(M: int, N: int, K: int, dtype: torch.dtype) -> N
     x = tokens(M, K + 8, dtype)[:, 8:].view(1, M, K)  # rows that are not contiguous
     bias = None if M == 1 else torch.randn(N, generator=generator(3))
     y = torch.ops.llmq.cuda_semi_structured_linear(x, *stored, scale, bias, 0)
-    assert_equal(y, define._SemiStructuredLinear(x, *stored, scale, bias, 0).reference())
+    assert_equal(y, SemiStructuredLinear(x, *stored, scale, bias, 0).reference())
 
 
 def test_rows_from_odd_addresses_are_copied() -> None:

@@ -1,7 +1,7 @@
 """Seeded fuzz of every native op: shapes, types, strides, groups, threads, instruction sets.
 
 Each op runs on storage in canonical and in panel layout and is compared with its reference in
-`llmq/ops/define.py`. A failure names the seed and the case; `-k OP-SEED` runs it again.
+`llmq/ops`. A failure names the seed and the case; `-k OP-SEED` runs it again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from llmq.formats import activation, bitmap, uniform
-from llmq.ops import define as python_ops
+from llmq.ops.dense import CodebookLinear, Int8Linear, WeightOnlyLinear
+from llmq.ops.sparse import BitmapSparseLinear
 from tests.cpu.isas import DTYPES, ISA_FLAGS, available, float_tolerance, stored_tolerance
 from tests.helpers import assert_within
 
@@ -130,10 +131,10 @@ def _bitmap(draw: Draw) -> Case:
 
 
 OPS: dict[str, tuple[Callable[[Draw], Case], Any]] = {
-    "int8_linear": (_int8, python_ops._Int8Linear),
-    "weight_only_linear": (_weight_only, python_ops._WeightOnlyLinear),
-    "codebook_linear": (_codebook, python_ops._CodebookLinear),
-    "bitmap_sparse_linear": (_bitmap, python_ops._BitmapSparseLinear),
+    "int8_linear": (_int8, Int8Linear),
+    "weight_only_linear": (_weight_only, WeightOnlyLinear),
+    "codebook_linear": (_codebook, CodebookLinear),
+    "bitmap_sparse_linear": (_bitmap, BitmapSparseLinear),
 }
 
 

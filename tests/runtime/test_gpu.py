@@ -11,7 +11,8 @@ from torch import Tensor
 
 from llmq.formats import activation
 from llmq.nn import QuantLinear, SparseLinear
-from llmq.ops import define
+from llmq.ops.dense import CodebookLinear, Int8Linear, WeightOnlyLinear
+from llmq.ops.sparse import BitmapSparseLinear, BlockSparseLinear, SemiStructuredLinear
 from llmq.runtime import dispatch, gpu
 from llmq.runtime.dispatch import Format
 from tests.helpers import assert_equal, assert_within, generator, run_python
@@ -97,12 +98,12 @@ def test_every_op_gets_through_to_its_kernel(name: str) -> None:
     arguments = list(arguments)
     arguments[BIAS_AT[op]] = bias = torch.randn(2 * N, generator=generator(1))[::2]
     kind = {
-        "int8_linear": define._Int8Linear,
-        "weight_only_linear": define._WeightOnlyLinear,
-        "codebook_linear": define._CodebookLinear,
-        "bitmap_sparse_linear": define._BitmapSparseLinear,
-        "semi_structured_linear": define._SemiStructuredLinear,
-        "block_sparse_linear": define._BlockSparseLinear,
+        "int8_linear": Int8Linear,
+        "weight_only_linear": WeightOnlyLinear,
+        "codebook_linear": CodebookLinear,
+        "bitmap_sparse_linear": BitmapSparseLinear,
+        "semi_structured_linear": SemiStructuredLinear,
+        "block_sparse_linear": BlockSparseLinear,
     }[op]
     x = torch.randn(2, 3, K, generator=generator(2))
     call = kind(x, *(t.to(DEVICE) if isinstance(t, Tensor) else t for t in arguments))
@@ -125,7 +126,7 @@ def test_empty_sizes_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for shape in ((0, 8), (3, 0)):
         x = torch.zeros(shape, device=DEVICE)
         weight = torch.zeros(4, shape[1], dtype=torch.int8, device=DEVICE)
-        call = define._Int8Linear(x, weight, torch.ones(4, 1, device=DEVICE))
+        call = Int8Linear(x, weight, torch.ones(4, 1, device=DEVICE))
         y = gpu.run("int8_linear", tuple(call), call.reference, call.form, 4)
         assert_equal(y, torch.zeros(shape[0], 4, device=DEVICE))
 

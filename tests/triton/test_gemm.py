@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmq.formats import codebook, uniform
-from llmq.ops import define
+from llmq.ops.dense import Int8Linear, WeightOnlyLinear
 from tests.helpers import assert_equal, assert_within, generator
 from tests.triton.device import DEVICE, GPU
 
@@ -82,7 +82,7 @@ def test_int8_equals_the_reference_to_the_bit(M: int, N: int, K: int, tile: str)
     dtype = DTYPES[(M + N) % 3]
     weight, scale = codes_of(N, K)
     x, bias = tokens(M, K, dtype), torch.randn(N, generator=generator(3)).to(DTYPES[N % 3])
-    expected = define._Int8Linear(x, weight, scale, bias).reference()
+    expected = Int8Linear(x, weight, scale, bias).reference()
     codes, x_scale = int8_gemm.quantize_activation(x.to(DEVICE))
     y = int8_gemm.int8_gemm(codes, x_scale, *on_device(weight, scale, bias), dtype, TILES[tile])
     assert_equal(y.cpu(), expected)
@@ -96,7 +96,7 @@ def test_int8_by_descriptors(M: int, N: int, K: int, splits: int) -> None:
     x = tokens(M, K, torch.bfloat16)
     codes, x_scale = int8_gemm.quantize_activation(x.to(DEVICE))
     y = int8_gemm.int8_gemm(codes, x_scale, *on_device(weight, scale, None), x.dtype, config)
-    assert_equal(y.cpu(), define._Int8Linear(x, weight, scale).reference())
+    assert_equal(y.cpu(), Int8Linear(x, weight, scale).reference())
 
 
 @pytest.mark.parametrize("splits", [1, 2])
@@ -112,7 +112,7 @@ def test_int8_of_activation_groups(M: int, K: int, group: int, splits: int) -> N
     operands = on_device(weight, scale, None, bias)
     y = int8_gemm.grouped_int8_gemm(codes, x_scale, *operands, x.dtype, 8, config)
     if splits == 1 and group in (32, 64):  # a step is a group: the very same sums
-        assert_equal(y.cpu(), define._Int8Linear(x, weight, scale, bias, group).reference())
+        assert_equal(y.cpu(), Int8Linear(x, weight, scale, bias, group).reference())
     coded = (codes.cpu().float().unflatten(1, (-1, group)) * x_scale.cpu()[..., None]).flatten(1)
     check_product(y, coded, weight * scale, bias, f"{splits} splits")
 
@@ -137,7 +137,7 @@ def test_int8_inputs_of_weight_groups(
     y = weight_only_gemm.weight_only_linear(
         *on_device(x, *encoded, bias), bits=bits, activation_group_size=activations
     )
-    expected = define._WeightOnlyLinear(x, *encoded, bias, bits, activations).reference()
+    expected = WeightOnlyLinear(x, *encoded, bias, bits, activations).reference()
     magnitude = x.abs().double() @ uniform.decode(*encoded, bits=bits, K=K).abs().double().T
     # Up to K / 32 groups and bias are added in float32 by both; zero points outside their range of
     # codes enlarge the terms of neither. 127.5 / 127 is what coding adds to |x|.
@@ -259,7 +259,7 @@ def test_reads_x_as_it_lies() -> None:
         x[0, 0, 3 : K + 3],
     ):
         y = int8_gemm.int8_linear(view.to(DEVICE), *arguments)
-        assert_equal(y.cpu(), define._Int8Linear(view, weight, scale).reference())
+        assert_equal(y.cpu(), Int8Linear(view, weight, scale).reference())
         y = weight_only_gemm.weight_only_linear(view.to(DEVICE), *arguments)
         flat = view.reshape(-1, K)
         check_product(y.reshape(-1, N), flat, weight * scale, None, str(view.stride()))

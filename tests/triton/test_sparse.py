@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmq.formats import bitmap, block, semi_structured
-from llmq.ops import define
+from llmq.formats import activation, bitmap, block, semi_structured
+from llmq.ops.sparse import BitmapSparseLinear, BlockSparseLinear, SemiStructuredLinear
 from tests.helpers import assert_equal, generator, random_mask
 from tests.triton.test_gemm import DTYPES, check_product, codes_of, on_device, tokens
 
@@ -42,7 +42,7 @@ def _check(op: Any, kernel: Any, x: Tensor, stored: Any, scale: Tensor, group: i
     call = op(x, *stored, scale, bias, group)
     if group in (0, 32, x.shape[1]):
         assert_equal(y.cpu(), call.reference())
-    codes, x_scale = define.activation.quantize_activation(x, group)
+    codes, x_scale = activation.quantize_activation(x, group)
     coded = (codes.float().unflatten(1, (x_scale.shape[1], -1)) * x_scale[..., None]).flatten(1)
     check_product(y, coded, call.dense(), bias, f"groups of {group}")
     y = kernel(*on_device(x, *stored, scale, bias), None, config=SMALL)
@@ -54,7 +54,7 @@ def test_bitmap(M: int, N: int, K: int, group: int) -> None:
     values, scale = _values(N, K)
     stored = bitmap.encode(values, random_mask(N, K, kept=0.1 + 0.8 * (M % 2)))
     x = tokens(M, K, DTYPES[(M + N) % 3])
-    _check(define._BitmapSparseLinear, bitmap_gemm.bitmap_sparse_linear, x, stored, scale, group)
+    _check(BitmapSparseLinear, bitmap_gemm.bitmap_sparse_linear, x, stored, scale, group)
 
 
 @pytest.mark.parametrize(("M", "N", "K", "group"), [s for s in SHAPES if s[2] % 4 == 0])
@@ -64,7 +64,7 @@ def test_semi_structured(M: int, N: int, K: int, group: int) -> None:
     stored = semi_structured.encode(values, (ranks < 2).flatten(1))
     x = tokens(M, K, DTYPES[(M + N) % 3])
     kernel = bitmap_gemm.semi_structured_linear
-    _check(define._SemiStructuredLinear, kernel, x, stored, scale, group)
+    _check(SemiStructuredLinear, kernel, x, stored, scale, group)
 
 
 @pytest.mark.parametrize(("M", "N", "K", "shape", "group"), BLOCKS)
@@ -76,7 +76,7 @@ def test_block(M: int, N: int, K: int, shape: tuple[int, int], group: int) -> No
     stored = block.encode(values, shape, mask)
     x = tokens(M, K, DTYPES[(M + N) % 3])
     kernel = block_sparse_gemm.block_sparse_linear
-    _check(define._BlockSparseLinear, kernel, x, stored, scale, group)
+    _check(BlockSparseLinear, kernel, x, stored, scale, group)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
