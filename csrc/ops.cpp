@@ -1,4 +1,4 @@
-// Registers the native implementations; schemas live in llmq/ops/define.py.
+// Registers the native implementations; schemas live in llmq/ops.
 #include "cpu/ops.h"
 
 #include <torch/csrc/stable/library.h>

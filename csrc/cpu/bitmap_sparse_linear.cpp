@@ -198,7 +198,7 @@ Tensor float_values(const TensorRows& x, const Tensor& weight, const Tensor& wei
   const int64_t N = std::max<int64_t>(row_offsets.numel() - 1, 0);
   const Tensor values = as_contiguous(weight), bits = as_contiguous(weight_bitmask),
                rows = as_contiguous(row_offsets);
-  const Dtype dtype = float_dtype(kOp, "weight without weight_scale", values);
+  const Dtype dtype = float_dtype(kOp, "weight", values);
   check_bitmap(kOp, values, bits, rows, N, x.K);
   const float* const biases = float_bias(kOp, bias, N);
   const Tensor y = empty_output(x, N);
@@ -225,24 +225,22 @@ Tensor bitmap_sparse_linear(const Tensor& x, const Tensor& weight, const Tensor&
   const bool codes = activation_group_size.has_value();
   const int64_t group = activation_group_size.value_or(0);
   check_group(kOp, group, rows.K);
-  const float* const given = given_scale(kOp, activation_scale, group, rows.K);
-  LLMQ_CHECK(codes || given == nullptr, kOp,
-             "activation_scale needs an activation group size of 0");
+  const float* const given = given_scale(kOp, activation_scale, activation_group_size, rows.K);
   LLMQ_CHECK((weight.scalar_type() == ScalarType::Char) == weight_scale.has_value(), kOp,
              "int8 values need a weight_scale and floating-point values take none, got ",
-             torch::headeronly::toString(weight.scalar_type()), " ",
-             weight_scale.has_value() ? "with" : "without", " a scale");
+             dtype_name(weight.scalar_type()), weight_scale.has_value() ? " with" : " without",
+             " a scale");
   if (!weight_scale.has_value()) {
     LLMQ_CHECK(!codes, kOp, "int8 activations need int8 values");
     return float_values(rows, weight, weight_bitmask, row_offsets, bias);
   }
-  LLMQ_CHECK(weight_scale->dim() == 2 && weight_scale->size(1) == 1, kOp,
-             "weight_scale must be [N, 1]");
+  LLMQ_CHECK(weight_scale->scalar_type() == ScalarType::Float && weight_scale->dim() == 2 &&
+                 weight_scale->size(1) == 1,
+             kOp, "weight_scale must be float32 [N, 1], got ", shown(*weight_scale));
   const int64_t M = rows.M, N = weight_scale->size(0), K = rows.K;
   Tensors3 stored{weight, weight_bitmask, row_offsets};
   if (weight_bitmask.dim() == 2) {
-    LLMQ_CHECK(weight_bitmask.size(0) == N, kOp, "weight_bitmask has ", weight_bitmask.size(0),
-               " rows, weight_scale ", N);
+    check_bitmap_shapes(kOp, weight, weight_bitmask, row_offsets, N, K);
     stored = pack_bitmap_panels(weight, weight_bitmask, row_offsets, K);
   }
   const Weight w{

@@ -148,11 +148,12 @@ Tensor codebook_linear(const Tensor& x, const Tensor& weight, const Tensor& weig
   const TensorRows rows = rows_of(kOp, x);
   const GroupedWeight w(kOp, weight, weight_scale, bits, rows.K);
   const int64_t M = rows.M, N = w.N, K = rows.K;
-  const float* const table = float_data(kOp, "weight_codebook", weight_codebook);
-  LLMQ_CHECK(weight_codebook.dim() == 2 &&
+  LLMQ_CHECK(weight_codebook.scalar_type() == ScalarType::Float && weight_codebook.dim() == 2 &&
                  (weight_codebook.size(0) == 1 || weight_codebook.size(0) == N) &&
                  weight_codebook.size(1) == int64_t{1} << bits,
-             kOp, "weight_codebook must be [1 or ", N, ", ", int64_t{1} << bits, "]");
+             kOp, "weight_codebook must be float32 [1 or ", N, ", ", int64_t{1} << bits, "], got ",
+             shown(weight_codebook));
+  const float* const table = float_data(kOp, "weight_codebook", weight_codebook);
   const float* const biases = float_bias(kOp, bias, N);
   const Tensor y = empty_output(rows, N);
   if (M == 0 || N == 0) return y;

@@ -129,8 +129,7 @@ const float* floats(const Tensor& tensor, Slot slot, const char* name) {
 }
 
 void normalize(const Tensor& weight, float eps, const float* x, int64_t rows, int64_t K, float* y) {
-  LLMQ_CHECK(weight.numel() == K, kOp, "a norm has ", weight.numel(), " weights for ", K,
-             " inputs");
+  check_width(kOp, K, weight.numel(), 1);
   const float* const weights = floats(weight, Slot::norm_weight, "norm weight");
   parallel_rows(rows, K, [&](int64_t begin, int64_t end) {
     rms_norm()({x + begin * K, K, weights, eps, y + begin * K, K, end - begin, K});
@@ -144,10 +143,11 @@ struct Cache {
         dtype(float_dtype(kOp, name, tensor)),
         D(D) {
     LLMQ_CHECK(tensor.dim() == 4 && tensor.size(0) == B && tensor.size(1) == heads &&
-                   tensor.size(2) >= total && tensor.size(3) == D && tensor.stride(3) == 1 &&
-                   tensor.stride(2) == D,
-               kOp, name, " must be [", B, ", ", heads, ", at least ", total, ", ", D,
-               "] with rows side by side");
+                   tensor.size(2) >= total && tensor.size(3) == D,
+               kOp, name, " must be [", B, ", ", heads, ", at least ", total, ", ", D, "], got ",
+               shape_of(tensor));
+    LLMQ_CHECK(tensor.stride(3) == 1 && tensor.stride(2) == D, kOp, name,
+               " must have the numbers of a token side by side, and tokens");
     batch = tensor.stride(0);
     head = tensor.stride(1);
   }
@@ -167,7 +167,8 @@ struct Mask {
     const Tensor m = as_contiguous(*mask);
     LLMQ_CHECK(m.dim() == 4 && (m.size(0) == B || m.size(0) == 1) &&
                    (m.size(1) == H || m.size(1) == 1) && m.size(2) == T && m.size(3) == S,
-               kOp, "mask must be [1 or ", B, ", 1 or ", H, ", ", T, ", ", S, "]");
+               kOp, "mask must be [1 or ", B, ", 1 or ", H, ", ", T, ", ", S, "], got ",
+               shape_of(m));
     head = m.size(1) == 1 ? 0 : T * S;
     batch = m.size(0) == 1 ? 0 : m.size(1) * T * S;
     token = S;
@@ -268,8 +269,9 @@ Tensor decoder_layer(const Tensor& x, const std::vector<Tensor>& norms, const Te
                      const std::vector<int64_t>& activation_groups, int64_t start, double eps,
                      double scaling) {
   const TensorRows rows = rows_of(kOp, x);
-  LLMQ_CHECK(x.dim() == 3, kOp, "x must be [batch, tokens, K]");
-  LLMQ_CHECK(norms.size() == 2 || norms.size() == 4, kOp, "norms must be 2 or 4");
+  LLMQ_CHECK(x.dim() == 3, kOp, "x must be [batch, tokens, K], got ", shape_of(x));
+  LLMQ_CHECK(norms.size() == 2 || norms.size() == 4, kOp, "norms must be 2 or 4, got ",
+             norms.size());
   for (const auto* list : {&weights, &weight_scales, &weight_zero_points, &biases}) {
     const bool optional = list == &weight_zero_points || list == &biases;
     LLMQ_CHECK(list->size() == kLinears || (optional && list->empty()), kOp,
@@ -280,6 +282,7 @@ Tensor decoder_layer(const Tensor& x, const std::vector<Tensor>& norms, const Te
   const Tensors tensors{weights, weight_scales, weight_zero_points,
                         biases,  bits,          activation_groups};
   const int64_t M = rows.M, K = rows.K, D = cos.size(cos.dim() - 1);
+  check_width(kOp, K, norms[0].numel(), 1);
   const int64_t wide = tensors.outputs(kQuery), narrow = tensors.outputs(kKey);
   LLMQ_CHECK(D > 0 && D % 2 == 0 && wide % D == 0 && narrow % D == 0 && narrow > 0 &&
                  wide % narrow == 0 && tensors.outputs(kValue) == narrow &&
@@ -287,9 +290,13 @@ Tensor decoder_layer(const Tensor& x, const std::vector<Tensor>& norms, const Te
                  tensors.outputs(kDown) == K,
              kOp, "the linear layers do not fit each other, x [..., ", K, "] and heads of ", D);
   const Shape shape{x.size(0), x.size(1), wide / D, narrow / D, D, start};
-  LLMQ_CHECK(cos.dim() == 3 && sin.dim() == 3 && cos.numel() == sin.numel() &&
-                 (cos.size(0) == shape.B || cos.size(0) == 1) && cos.size(1) == shape.T,
-             kOp, "cos and sin must be [1 or ", shape.B, ", ", shape.T, ", ", D, "]");
+  for (const Tensor* angles : {&cos, &sin}) {
+    LLMQ_CHECK(angles->dim() == 3 && (angles->size(0) == shape.B || angles->size(0) == 1) &&
+                   angles->size(1) == shape.T && angles->size(2) == D &&
+                   angles->size(0) == cos.size(0),
+               kOp, "cos and sin must be [1 or ", shape.B, ", ", shape.T, ", ", D, "], got ",
+               shape_of(*angles));
+  }
   const Tensor out = empty_output(rows, K);
   if (M == 0) return out;
   announce(kOp, M, K, K);

@@ -3,6 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -27,6 +28,40 @@ struct Buffer {
 
 thread_local Buffer buffers[static_cast<int>(Slot::count)];
 
+ScalarType scalar_type(Dtype dtype) {
+  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  return kTypes[static_cast<int>(dtype)];
+}
+
+}  // namespace
+
+const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+
 std::string shape_of(const Tensor& tensor) {
   std::string text = "[";
   for (const int64_t size : tensor.sizes()) {
@@ -35,12 +70,9 @@ std::string shape_of(const Tensor& tensor) {
   return text + "]";
 }
 
-ScalarType scalar_type(Dtype dtype) {
-  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
-  return kTypes[static_cast<int>(dtype)];
+std::string shown(const Tensor& tensor) {
+  return std::string(dtype_name(tensor.scalar_type())) + " " + shape_of(tensor);
 }
-
-}  // namespace
 
 Dtype float_dtype(const char* op, const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -52,7 +84,7 @@ Dtype float_dtype(const char* op, const char* name, const Tensor& tensor) {
       return Dtype::f16;
     default:
       fail(op, name, " must be float32, bfloat16 or float16, got ",
-           torch::headeronly::toString(tensor.scalar_type()));
+           dtype_name(tensor.scalar_type()));
   }
 }
 
@@ -108,9 +140,9 @@ Tensor empty_output(const TensorRows& x, int64_t N) {
 }
 
 const float* float_data(const char* op, const char* name, const Tensor& tensor) {
-  LLMQ_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), op, name,
-             " must be contiguous float32, got ", torch::headeronly::toString(tensor.scalar_type()),
-             " ", shape_of(tensor));
+  LLMQ_CHECK(tensor.scalar_type() == ScalarType::Float, op, name, " must be float32, got ",
+             shown(tensor));
+  LLMQ_CHECK(tensor.is_contiguous(), op, name, " must be contiguous; call .contiguous() on it");
   return static_cast<const float*>(tensor.const_data_ptr());
 }
 
@@ -140,26 +172,32 @@ const float* float_rows(const Rows& x, int64_t m, int64_t rows) {
   return target;
 }
 
+void check_width(const char* op, int64_t K, int64_t units, int64_t size) {
+  const int64_t most = units * size, least = std::max<int64_t>((units - 1) * size + 1, 0);
+  if (least <= K && K <= most) [[likely]]
+    return;
+  const std::string first = least < most ? std::to_string(least) + " to " : "";
+  fail(op, "expected ", first, most, " input features, got ", K);
+}
+
 const uint8_t* panels(const char* op, const Tensor& weight, int64_t bits, int64_t N, int64_t K) {
   LLMQ_CHECK(bits == 8 || bits == 4, op, "bits must be 8 or 4, got ", bits);
-  LLMQ_CHECK(weight.scalar_type() == ScalarType::Char, op, "weight must be int8, got ",
-             torch::headeronly::toString(weight.scalar_type()));
+  const bool packed =
+      weight.dim() == 4 && weight.size(2) == kPanel && weight.size(3) == kBlockBytes / kPanel;
+  LLMQ_CHECK(weight.scalar_type() == ScalarType::Char && (packed || weight.dim() == 2), op,
+             "weight must be int8 [N, K] or [N, K / 2], or panels [N / 16, blocks, 16, 4], got ",
+             shown(weight));
+  check_width(op, K, weight.size(1), (packed ? 32 : 8) / bits);
+  const int64_t rows = packed ? ceil_div(N, kPanel) : N;
+  LLMQ_CHECK(weight.size(0) == rows, op, "weight must have ", rows, packed ? " panels" : " rows",
+             " for ", N, " output features, got ", weight.size(0));
   LLMQ_CHECK(weight.is_contiguous(), op, "weight must be contiguous; call .contiguous() on it");
-  const int64_t P = ceil_div(N, kPanel), blocks = ceil_div(K * bits, 32);
   const auto* data = static_cast<const uint8_t*>(weight.const_data_ptr());
-  if (weight.dim() == 4) {
-    LLMQ_CHECK(weight.size(0) == P && weight.size(1) == blocks && weight.size(2) == kPanel &&
-                   weight.size(3) == 4,
-               op, "weight must be panels [", P, ", ", blocks, ", 16, 4] for x [..., ", K, "] and ",
-               N, " outputs, got ", shape_of(weight));
-    return data;
-  }
-  LLMQ_CHECK(weight.dim() == 2 && weight.size(0) == N && weight.size(1) == ceil_div(K * bits, 8),
-             op, "weight must be [", N, ", ", ceil_div(K * bits, 8), "] for x [..., ", K, "] and ",
-             N, " outputs, got ", shape_of(weight));
-  auto* packed = scratch<uint8_t>(Slot::weight, P * blocks * kBlockBytes);
-  (bits == 8 ? pack_panels8 : pack_panels4)(data, N, K, packed);
-  return packed;
+  if (packed) return data;
+  const int64_t bytes = ceil_div(N, kPanel) * ceil_div(K * bits, 32) * kBlockBytes;
+  auto* target = scratch<uint8_t>(Slot::weight, bytes);
+  (bits == 8 ? pack_panels8 : pack_panels4)(data, N, K, target);
+  return target;
 }
 
 void check_group(const char* op, int64_t group_size, int64_t K) {
@@ -167,14 +205,15 @@ void check_group(const char* op, int64_t group_size, int64_t K) {
              "activation group size ", group_size, " does not divide K=", K);
 }
 
-const float* given_scale(const char* op, const OptionalTensor& scale, int64_t group_size,
-                         int64_t K) {
+const float* given_scale(const char* op, const OptionalTensor& scale,
+                         std::optional<int64_t> group_size, int64_t K) {
   if (!scale.has_value()) return nullptr;
-  LLMQ_CHECK(scale->dim() == 1 && scale->size(0) == 1, op, "activation_scale must be [1], got ",
-             shape_of(*scale));
+  LLMQ_CHECK(scale->scalar_type() == ScalarType::Float && scale->dim() == 1 && scale->size(0) == 1,
+             op, "activation_scale must be float32 [1], got ", shown(*scale));
   LLMQ_CHECK(group_size == 0 || group_size == K, op,
-             "one activation_scale for all inputs has no groups, got group size ", group_size);
-  return float_data(op, "activation_scale", *scale);
+             "activation_scale goes with an activation group size of 0, got ",
+             group_size.has_value() ? std::to_string(*group_size) : "None");
+  return static_cast<const float*>(scale->const_data_ptr());
 }
 
 Activations quantize(const Rows& x, int64_t m, int64_t rows, int64_t group_size,

@@ -88,6 +88,10 @@ TensorRows rows_of(const char* op, const Tensor& x);
 Tensor empty(const int64_t* sizes, int64_t dim, ScalarType type);
 Tensor empty_output(const TensorRows& x, int64_t N);  // [..., N] in x's dtype
 
+// What a tensor is, as errors give it: "int8", "[4, 8]", "int8 [4, 8]".
+const char* dtype_name(ScalarType type);
+std::string shape_of(const Tensor& tensor);
+std::string shown(const Tensor& tensor);
 Dtype float_dtype(const char* op, const char* name, const Tensor& tensor);        // or throws
 const float* float_data(const char* op, const char* name, const Tensor& tensor);  // checks f32
 
@@ -145,9 +149,12 @@ void for_panels(int64_t N, int64_t work, int64_t grain, const Body& body) {
 
 void check_group(const char* op, int64_t group_size, int64_t K);
 
+// Throws unless K inputs fill `units` of `size` inputs each, the last one at least in part.
+void check_width(const char* op, int64_t K, int64_t units, int64_t size);
+
 // An activation_scale [1] that is given for all tokens, or null; checked against the group size.
-const float* given_scale(const char* op, const OptionalTensor& scale, int64_t group_size,
-                         int64_t K);
+const float* given_scale(const char* op, const OptionalTensor& scale,
+                         std::optional<int64_t> group_size, int64_t K);
 
 // int8_gemm for groups that end inside a block of 4 inputs, which no microkernel takes: right,
 // slow.

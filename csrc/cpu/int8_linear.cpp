@@ -37,8 +37,9 @@ void int8_gemm_any_group(const Int8Gemm& g, int64_t K, int64_t group) {
 
 Int8Weight::Int8Weight(const char* op, const Tensor& weight, const Tensor& weight_scale, int64_t K)
     : K(K) {
-  LLMQ_CHECK(weight_scale.dim() == 2 && weight_scale.size(1) == 1, op,
-             "weight_scale must be [N, 1]; weight_only_linear takes groups");
+  LLMQ_CHECK(weight_scale.scalar_type() == ScalarType::Float && weight_scale.dim() == 2 &&
+                 weight_scale.size(1) == 1,
+             op, "weight_scale must be float32 [N, 1], got ", shown(weight_scale));
   N = weight_scale.size(0);
   panels = llmq::panels(op, weight, 8, N, K);
   scale = float_data(op, "weight_scale", weight_scale);

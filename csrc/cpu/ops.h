@@ -1,4 +1,4 @@
-// The native CPU ops, one driver file each; schemas and meanings are in llmq/ops/define.py.
+// The native CPU ops, one driver file each; schemas and meanings are in llmq/ops.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -36,26 +36,34 @@ uint64_t inside(int64_t lanes, int64_t i, int64_t K) {
   return lanes >= kPanel ? all : all & ((uint64_t{1} << (4 * lanes)) - 1);
 }
 
-const int64_t* int64_data(const char* op, const char* name, const Tensor& tensor, int64_t count) {
-  LLMQ_CHECK(tensor.scalar_type() == ScalarType::Long && tensor.dim() == 1 &&
-                 tensor.size(0) == count && tensor.is_contiguous(),
-             op, name, " must be contiguous int64 [", count, "]");
-  return static_cast<const int64_t*>(tensor.const_data_ptr());
-}
-
 }  // namespace
+
+void check_bitmap_shapes(const char* op, const Tensor& weight, const Tensor& weight_bitmask,
+                         const Tensor& row_offsets, int64_t N, int64_t K) {
+  const bool panels = weight_bitmask.dim() == 3 && weight_bitmask.size(2) == 8 &&
+                      weight.scalar_type() == ScalarType::Char;
+  LLMQ_CHECK(
+      weight_bitmask.scalar_type() == ScalarType::Byte && (panels || weight_bitmask.dim() == 2), op,
+      "weight_bitmask must be uint8 [N, K / 8], panels or tiles, got ", shown(weight_bitmask));
+  check_width(op, K, weight_bitmask.size(1), panels ? 4 : 8);
+  const int64_t rows = panels ? ceil_div(N, kPanel) : N;
+  LLMQ_CHECK(weight_bitmask.size(0) == rows, op, "weight_bitmask must have ", rows,
+             panels ? " panels" : " rows", " for ", N, " output features, got ",
+             weight_bitmask.size(0));
+  LLMQ_CHECK(row_offsets.scalar_type() == ScalarType::Long && row_offsets.dim() == 1 &&
+                 row_offsets.size(0) == rows + 1,
+             op, "row_offsets must be int64 [", rows + 1, "], got ", shown(row_offsets));
+  LLMQ_CHECK(weight.dim() == 1, op, "weight must be the kept values, one after another, got ",
+             shape_of(weight));
+}
 
 void check_bitmap(const char* op, const Tensor& weight, const Tensor& weight_bitmask,
                   const Tensor& row_offsets, int64_t N, int64_t K) {
   const int64_t bytes = ceil_div(K, 8);
-  LLMQ_CHECK(weight_bitmask.scalar_type() == ScalarType::Byte && weight_bitmask.dim() == 2 &&
-                 weight_bitmask.size(0) == N && weight_bitmask.size(1) == bytes &&
-                 weight_bitmask.is_contiguous(),
-             op, "weight_bitmask must be contiguous uint8 [", N, ", ", bytes, "] for x [..., ", K,
-             "] and ", N, " outputs");
-  LLMQ_CHECK(weight.dim() == 1 && weight.is_contiguous(), op,
-             "weight must hold the kept values, contiguous in one dimension, got ", weight.dim());
-  const int64_t* const offsets = int64_data(op, "row_offsets", row_offsets, N + 1);
+  check_bitmap_shapes(op, weight, weight_bitmask, row_offsets, N, K);
+  LLMQ_CHECK(weight_bitmask.dim() == 2, op, "weight_bitmask must be [N, K / 8], got ",
+             shape_of(weight_bitmask));
+  const auto* const offsets = static_cast<const int64_t*>(row_offsets.const_data_ptr());
   const auto* mask = static_cast<const uint8_t*>(weight_bitmask.const_data_ptr());
   bool together = offsets[0] == 0 && offsets[N] == weight.numel();
   for (int64_t n = 0; n < N && together; ++n) {
@@ -70,16 +78,14 @@ void check_bitmap(const char* op, const Tensor& weight, const Tensor& weight_bit
 
 BitmapPanels check_bitmap_panels(const char* op, const Tensor& weight, const Tensor& weight_bitmask,
                                  const Tensor& panel_offsets, int64_t N, int64_t K) {
-  const int64_t P = ceil_div(N, kPanel), K4 = ceil_div(K, 4);
-  LLMQ_CHECK(weight_bitmask.scalar_type() == ScalarType::Byte && weight_bitmask.dim() == 3 &&
-                 weight_bitmask.size(0) == P && weight_bitmask.size(1) == K4 &&
-                 weight_bitmask.size(2) == 8 && weight_bitmask.is_contiguous(),
-             op, "weight_bitmask must be contiguous uint8 panels [", P, ", ", K4,
-             ", 8] for x [..., ", K, "] and ", N, " outputs");
+  check_bitmap_shapes(op, weight, weight_bitmask, panel_offsets, N, K);
+  LLMQ_CHECK(weight_bitmask.dim() == 3, op, "weight_bitmask must be panels, got ",
+             shape_of(weight_bitmask));
   LLMQ_CHECK(
-      weight.scalar_type() == ScalarType::Char && weight.dim() == 1 && weight.is_contiguous(), op,
-      "weight of bitmap panels must be contiguous int8 with one dimension");
-  const int64_t* const start = int64_data(op, "offsets of panels", panel_offsets, P + 1);
+      weight.is_contiguous() && weight_bitmask.is_contiguous() && panel_offsets.is_contiguous(), op,
+      "bitmap panels must be contiguous");
+  const int64_t P = ceil_div(N, kPanel);
+  const auto* const start = static_cast<const int64_t*>(panel_offsets.const_data_ptr());
   bool ordered = start[0] == 0 && start[P] + kBlockBytes == weight.numel();
   for (int64_t p = 0; p < P; ++p) ordered = ordered && start[p] <= start[p + 1];
   LLMQ_CHECK(ordered, op, "offsets of panels must rise from 0 to ", weight.numel() - kBlockBytes,
@@ -92,7 +98,7 @@ Tensors3 pack_bitmap_panels(const Tensor& weight, const Tensor& weight_bitmask,
                             const Tensor& row_offsets, int64_t K) {
   LLMQ_CHECK(weight.scalar_type() == ScalarType::Char, kPack,
              "weight must be int8, the only values that panels hold, got ",
-             torch::headeronly::toString(weight.scalar_type()));
+             dtype_name(weight.scalar_type()));
   LLMQ_CHECK(K >= 0 && weight_bitmask.dim() == 2, kPack,
              "weight_bitmask must be [N, ceil(K/8)] and K not negative, got ", weight_bitmask.dim(),
              " dimensions and K=", K);

@@ -9,16 +9,18 @@ namespace llmq {
 
 GroupedWeight::GroupedWeight(const char* op, const Tensor& weight, const Tensor& weight_scale,
                              int64_t bits, int64_t K)
-    : scale(float_data(op, "weight_scale", weight_scale)), bits(bits), K(K) {
-  const bool panels = weight_scale.dim() == 3;
-  LLMQ_CHECK(weight_scale.dim() == 2 || (panels && weight_scale.size(2) == kPanel), op,
-             "weight_scale must be [N, groups] or panels [N / 16, groups, 16]");
+    : bits(bits), K(K) {
+  const bool panels = weight_scale.dim() == 3 && weight_scale.size(2) == kPanel;
+  LLMQ_CHECK(weight_scale.scalar_type() == ScalarType::Float && (panels || weight_scale.dim() == 2),
+             op, "weight_scale must be float32 [N, groups] or panels [N / 16, groups, 16], got ",
+             shown(weight_scale));
+  scale = float_data(op, "weight_scale", weight_scale);
   N = weight_scale.size(0) * (panels ? kPanel : 1);
   groups = weight_scale.size(1);
+  codes = llmq::panels(op, weight, bits, N, K);
   LLMQ_CHECK(groups > 0 && K % groups == 0, op, "weight_scale has ", groups,
              " groups, which do not divide K=", K);
   in_panels = panels || (groups == 1 && N % kPanel == 0);
-  codes = llmq::panels(op, weight, bits, N, K);
 }
 
 Result::Result(void* out, const Rows& x, int64_t m, int64_t rows, int64_t N, const float* bias)

@@ -110,8 +110,9 @@ WeightOnly::WeightOnly(const char* op, const Tensor& weight, const Tensor& weigh
   const Tensor& zero = *weight_zero_point;
   bool same = zero.dim() == weight_scale.dim();
   for (int64_t i = 0; same && i < zero.dim(); ++i) same = zero.size(i) == weight_scale.size(i);
-  LLMQ_CHECK(same && zero.scalar_type() == ScalarType::Char && zero.is_contiguous(), op,
-             "weight_zero_point must be contiguous int8 of weight_scale's shape");
+  LLMQ_CHECK(same && zero.scalar_type() == ScalarType::Char, op, "weight_zero_point must be int8 ",
+             shape_of(weight_scale), " as weight_scale, got ", shown(zero));
+  LLMQ_CHECK(zero.is_contiguous(), op, "weight_zero_point must be contiguous");
   zero_point = static_cast<const int8_t*>(zero.const_data_ptr());
 }
 

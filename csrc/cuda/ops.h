@@ -1,4 +1,4 @@
-// The native CUDA ops; schemas and meanings are in llmq/ops/define.py.
+// The native CUDA ops; schemas and meanings are in llmq/ops.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -39,6 +39,15 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
+def wrong_width(op: str, x: Tensor, K: int) -> ValueError:
+    """Return the error of inputs x that are not [..., K].
+
+    Layers check it: panels, filled up to whole blocks, do not tell an op how many inputs there are.
+    """
+    got = x.shape[-1] if x.dim() else "a scalar"
+    return ValueError(f"llmq.{op}: expected {K} input features, got {got}")
+
+
 def call(op: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
     """Return op(x, …), below autograd where no gradient is wanted.
 

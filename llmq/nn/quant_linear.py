@@ -16,6 +16,7 @@ from llmq.nn.base import (
     frozen,
     input_scale_of,
     linear_weight,
+    wrong_width,
 )
 from llmq.ops.reference import pack_scales, unpack_scales
 from llmq.runtime import dispatch
@@ -107,6 +108,8 @@ class QuantLinear(CompressedLayer):
         return cls(in_features, encoded.weight_scale.shape[0], scheme, tensors)
 
     def forward(self, x: Tensor) -> Tensor:
+        if (x.shape or (-1,))[-1] != self.in_features:  # a scalar has no width
+            raise wrong_width(self._op, x, self.in_features)
         x, ops, p = autocast(x), torch.ops.llmq, self._parameters
         group = self.scheme.activation_group_size or 0
         if self._op == "int8_linear":

@@ -17,6 +17,7 @@ from llmq.nn.base import (
     frozen,
     input_scale_of,
     linear_weight,
+    wrong_width,
 )
 from llmq.nn.quant_linear import QuantLinear
 from llmq.runtime import dispatch
@@ -165,6 +166,8 @@ class SparseLinear(CompressedLayer):
         return tuple(self.weight.shape) == (self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        if (x.shape or (-1,))[-1] != self.in_features:  # a scalar has no width
+            raise wrong_width(self.op, x, self.in_features)
         if self.scheme is None and self._is_dense():
             return F.linear(x, self.weight, self.bias)
         x = autocast(x)

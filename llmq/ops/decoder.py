@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmq.ops.checks import check, check_width
 from llmq.ops.define import library
 from llmq.ops.reference import unpack_scales
 
@@ -86,7 +87,7 @@ def decoder_layer(
     Raises:
         ValueError: if shapes do not fit each other.
     """
-    _check(x, weight_scales, cos, keys, start)
+    _check(x, norms, cos, sin, keys, values, mask, weights, weight_scales, start)
     ops = torch.ops.llmq
     (B, T, _), D = x.shape, cos.shape[-1]
     cos, sin = cos.float(), sin.float()
@@ -125,18 +126,52 @@ def decoder_layer(
     return hidden.to(x.dtype)
 
 
-def _check(x: Tensor, weight_scales: list[Tensor], cos: Tensor, keys: Tensor, start: int) -> None:
-    wide, narrow = (unpack_scales(weight_scales[i]).shape[0] for i in range(2))
-    D, (B, T) = cos.shape[-1], x.shape[:2]
-    if D == 0 or wide % D or narrow % D or wide % max(narrow, 1):
-        raise ValueError(
-            f"llmq.decoder_layer: q gives {wide} and k {narrow} outputs of heads [{D}]"
-        )
-    if keys.shape[:2] != (B, narrow // D) or keys.shape[2] < start + T or keys.shape[3] != D:
-        raise ValueError(
-            f"llmq.decoder_layer: keys must be [{B}, {narrow // D}, at least {start + T}, {D}], "
-            f"got {list(keys.shape)}"
-        )
+def _check(
+    x: Tensor,
+    norms: list[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    weights: list[Tensor],
+    weight_scales: list[Tensor],
+    start: int,
+) -> None:
+    op = "decoder_layer"
+    check(x.dim() == 3, op, f"x must be [batch, tokens, K], got {list(x.shape)}")
+    (B, T, K), D = x.shape, cos.shape[-1]
+    check(len(norms) in (2, 4), op, f"norms must be 2 or 4, got {len(norms)}")
+    for tensors in (weights, weight_scales):
+        message = f"a layer has 7 linear layers, got {len(tensors)} tensors of a kind"
+        check(len(tensors) == len(LINEARS), op, message)
+    check_width(op, K, norms[0].numel())
+    q, k, v, o, gate, up, down = (unpack_scales(scale).shape[0] for scale in weight_scales)
+    check(
+        D > 0
+        and D % 2 == 0
+        and q % D == k % D == 0
+        and k > 0
+        and q % k == 0
+        and v == k
+        and gate == up
+        and o == down == K,
+        op,
+        f"the linear layers do not fit each other, x [..., {K}] and heads of {D}",
+    )
+    for angles in (cos, sin):
+        fits = angles.shape in ((1, T, D), (B, T, D))
+        check(fits, op, f"cos and sin must be [1 or {B}, {T}, {D}], got {list(angles.shape)}")
+    S, H = start + T, k // D
+    for name, cache in (("keys", keys), ("values", values)):
+        shape = list(cache.shape)
+        fits = len(shape) == 4 and shape[:2] == [B, H] and shape[2] >= S and shape[3] == D
+        check(fits, op, f"{name} must be [{B}, {H}, at least {S}, {D}], got {shape}")
+    if mask is not None:
+        shape, heads = list(mask.shape), q // D
+        fits = len(shape) == 4 and shape[0] in (1, B) and shape[1] in (1, heads)
+        message = f"mask must be [1 or {B}, 1 or {heads}, {T}, {S}], got {shape}"
+        check(fits and shape[2:] == [T, S], op, message)
 
 
 def _fake(
@@ -151,7 +186,7 @@ def _fake(
     weight_scales: list[Tensor],
     *rest: Any,
 ) -> Tensor:
-    _check(x, weight_scales, cos, keys, start=rest[4])
+    _check(x, norms, cos, sin, keys, values, mask, weights, weight_scales, start=rest[4])
     return x.new_empty(x.shape)
 
 

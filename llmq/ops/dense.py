@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from llmq.formats import activation, codebook, uniform
-from llmq.ops.checks import check, check_codes, check_group, check_scale, check_static, check_x
+from llmq.ops.checks import (
+    check,
+    check_activations,
+    check_bias,
+    check_channel_scale,
+    check_codes,
+    check_group_scale,
+    check_groups,
+    check_x,
+    shown,
+)
 from llmq.ops.define import define, library
 from llmq.ops.reference import canonical, coded_linear, float_linear, group_of, unpack_scales
 from llmq.runtime import gpu
@@ -20,9 +30,7 @@ from llmq.runtime.dispatch import Format
 
 def _check_quantize(x: Tensor, group_size: int, scale: Tensor | None) -> None:
     op = "quantize_activation"
-    K = check_x(op, x, scale)
-    check_group(op, K, group_size)
-    check_static(op, group_size, K, scale)
+    check_activations(op, check_x(op, x, scale), group_size, scale)
 
 
 def _quantize_activation(
@@ -74,19 +82,12 @@ class Int8Linear(NamedTuple):
     activation_scale: Tensor | None = None
 
     def check(self) -> int:
-        op = "int8_linear"
-        others = (self.weight, self.weight_scale, self.bias, self.activation_scale)
-        K = check_x(op, self.x, *others)
-        N = check_scale(op, K, self.weight_scale, self.bias)
-        check(
-            self.weight_scale.shape[1] == 1,
-            op,
-            f"weight_scale must be [{N}, 1], got {list(self.weight_scale.shape)}; "
-            f"weight_only_linear takes groups",
-        )
+        op, scale = "int8_linear", self.activation_scale
+        K = check_x(op, self.x, self.weight, self.weight_scale, self.bias, scale)
+        N = check_channel_scale(op, self.weight_scale)
         check_codes(op, self.weight, 8, N, K)
-        check_group(op, K, self.activation_group_size)
-        check_static(op, self.activation_group_size, K, self.activation_scale)
+        check_activations(op, K, self.activation_group_size, scale)
+        check_bias(op, self.bias, N)
         return N
 
     @property
@@ -124,18 +125,20 @@ class WeightOnlyLinear(NamedTuple):
     activation_group_size: int | None = None
 
     def check(self) -> int:
-        op, zero_point = "weight_only_linear", self.weight_zero_point
-        K = check_x(op, self.x, self.weight, self.weight_scale, zero_point, self.bias)
-        N = check_scale(op, K, unpack_scales(self.weight_scale), self.bias)
+        op, scale, zero_point = "weight_only_linear", self.weight_scale, self.weight_zero_point
+        K = check_x(op, self.x, self.weight, scale, zero_point, self.bias)
+        N = check_group_scale(op, scale)
+        check_codes(op, self.weight, self.bits, N, K)
+        check_groups(op, scale, K)
         if zero_point is not None:
             check(
-                zero_point.shape == self.weight_scale.shape and zero_point.dtype == torch.int8,
+                zero_point.shape == scale.shape and zero_point.dtype == torch.int8,
                 op,
-                f"weight_zero_point must be int8 {list(self.weight_scale.shape)} as weight_scale, "
-                f"got {zero_point.dtype} {list(zero_point.shape)}",
+                f"weight_zero_point must be int8 {list(scale.shape)} as weight_scale, got "
+                f"{shown(zero_point)}",
             )
-        check_codes(op, self.weight, self.bits, N, K)
-        check_group(op, K, self.activation_group_size)
+        check_activations(op, K, self.activation_group_size)
+        check_bias(op, self.bias, N)
         return N
 
     @property
@@ -183,15 +186,16 @@ class CodebookLinear(NamedTuple):
     def check(self) -> int:
         op, table = "codebook_linear", self.weight_codebook
         K = check_x(op, self.x, self.weight, table, self.weight_scale, self.bias)
-        N = check_scale(op, K, unpack_scales(self.weight_scale), self.bias)
+        N = check_group_scale(op, self.weight_scale)
         check_codes(op, self.weight, self.bits, N, K)
+        check_groups(op, self.weight_scale, K)
+        size = 2**self.bits
         check(
-            table.dtype == torch.float32
-            and tuple(table.shape) in ((1, 2**self.bits), (N, 2**self.bits)),
+            table.dtype == torch.float32 and tuple(table.shape) in ((1, size), (N, size)),
             op,
-            f"weight_codebook must be float32 [1 or {N}, {2**self.bits}], got {table.dtype} "
-            f"{list(table.shape)}",
+            f"weight_codebook must be float32 [1 or {N}, {size}], got {shown(table)}",
         )
+        check_bias(op, self.bias, N)
         return N
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmq.formats import bitmap, bitmap_tiles, block, semi_structured
-from llmq.ops.checks import check_sparse
+from llmq.ops.checks import check, check_bias, check_sparse, check_width, shown
 from llmq.ops.define import define
 from llmq.ops.reference import coded_linear, float_linear
 from llmq.runtime.dispatch import Format
@@ -34,6 +34,12 @@ def _scaled(values: Tensor, weight_scale: Tensor | None) -> Tensor:
     return values.float() if weight_scale is None else values.float() * weight_scale
 
 
+def _check_scale_rows(op: str, weight_scale: Tensor | None, N: int) -> None:
+    if weight_scale is not None:
+        message = f"weight_scale must be float32 [{N}, 1], got {shown(weight_scale)}"
+        check(weight_scale.shape[0] == N, op, message)
+
+
 class BitmapSparseLinear(NamedTuple):
     x: Tensor
     weight: Tensor
@@ -45,17 +51,42 @@ class BitmapSparseLinear(NamedTuple):
     activation_scale: Tensor | None = None
 
     def _rows(self) -> int:
-        # In panels the offsets are of panels, not of rows; those always come with a scale. In tiles
-        # they are of strips of 32 rows, of which there are whole ones without a scale.
+        # Panels of 16 and tiles of 32 rows fill up with zeros, which alone a scale tells from
+        # rows; panels always come with one, and tiles without one have no such rows.
         if self.weight_scale is not None:
             return self.weight_scale.shape[0]
-        strips = self.weight_bitmask.dim() == 4
-        return 32 * self.row_offsets.shape[0] if strips else self.row_offsets.numel() - 1
+        tiles = self.weight_bitmask.dim() == 4
+        return 32 * self.weight_bitmask.shape[0] if tiles else self.row_offsets.numel() - 1
 
     def check(self) -> int:
-        inputs = (self.activation_group_size, self.activation_scale)
-        op, N = "bitmap_sparse_linear", self._rows()
-        check_sparse(op, self.x, self.weight, N, self.weight_scale, self.bias, *inputs)
+        op, bitmask, offsets = "bitmap_sparse_linear", self.weight_bitmask, self.row_offsets
+        K = check_sparse(op, self.x, self.weight, (bitmask, offsets), *self[4:])
+        N, dim = self._rows(), bitmask.dim()
+        check(
+            bitmask.dtype == torch.uint8 and 2 <= dim <= 4,
+            op,
+            f"weight_bitmask must be uint8 [N, K / 8], panels or tiles, got {shown(bitmask)}",
+        )
+        inputs, rows = {2: (8, 1), 3: (4, 16), 4: (128 // self.weight.element_size(), 32)}[dim]
+        check_width(op, K, bitmask.shape[1], inputs)
+        units = (N + rows - 1) // rows
+        check(
+            bitmask.shape[0] == units,
+            op,
+            f"weight_bitmask must have {units} {'rows' if dim == 2 else 'panels'} for {N} output "
+            f"features, got {bitmask.shape[0]}",
+        )
+        expected = (units, bitmask.shape[1]) if dim == 4 else (units + 1,)
+        check(
+            offsets.dtype == torch.int64 and tuple(offsets.shape) == expected,
+            op,
+            f"row_offsets must be int64 {list(expected)}, got {shown(offsets)}",
+        )
+        values = list(self.weight.shape)
+        check(
+            len(values) == 1, op, f"weight must be the kept values, one after another, got {values}"
+        )
+        check_bias(op, self.bias, N)
         return N
 
     @property
@@ -73,8 +104,7 @@ class BitmapSparseLinear(NamedTuple):
         return bitmap.decode(*stored, K)
 
     def reference(self) -> Tensor:
-        inputs = (self.activation_group_size, self.activation_scale)
-        return _sparse_linear(self.x, self._values(), self.weight_scale, self.bias, *inputs)
+        return _sparse_linear(self.x, self._values(), *self[4:])
 
     def dense(self) -> Tensor:
         return _scaled(self._values(), self.weight_scale)
@@ -98,9 +128,18 @@ class SemiStructuredLinear(NamedTuple):
     activation_scale: Tensor | None = None
 
     def check(self) -> int:
-        inputs = (self.activation_group_size, self.activation_scale)
-        op, N = "semi_structured_linear", self.weight.shape[0]
-        check_sparse(op, self.x, self.weight, N, self.weight_scale, self.bias, *inputs)
+        op, shape, meta = "semi_structured_linear", list(self.weight.shape), self.weight_meta
+        K = check_sparse(op, self.x, self.weight, (meta,), *self[3:])
+        check(len(shape) == 2, op, f"weight must be [N, K / 2], got {shape}")
+        check_width(op, K, 2 * shape[1])
+        N, bytes_of_row = shape[0], (K + 7) // 8
+        check(
+            meta.dtype == torch.uint8 and tuple(meta.shape) == (N, bytes_of_row),
+            op,
+            f"weight_meta must be uint8 [{N}, {bytes_of_row}], got {shown(meta)}",
+        )
+        _check_scale_rows(op, self.weight_scale, N)
+        check_bias(op, self.bias, N)
         return N
 
     @property
@@ -111,8 +150,7 @@ class SemiStructuredLinear(NamedTuple):
         return semi_structured.decode(self.weight, self.weight_meta, self.x.shape[-1])
 
     def reference(self) -> Tensor:
-        inputs = (self.activation_group_size, self.activation_scale)
-        return _sparse_linear(self.x, self._values(), self.weight_scale, self.bias, *inputs)
+        return _sparse_linear(self.x, self._values(), *self[3:])
 
     def dense(self) -> Tensor:
         return _scaled(self._values(), self.weight_scale)
@@ -140,9 +178,18 @@ class BlockSparseLinear(NamedTuple):
         return (self.block_offsets.numel() - 1) * self.weight.shape[1]
 
     def check(self) -> int:
-        inputs = (self.activation_group_size, self.activation_scale)
-        op, N = "block_sparse_linear", self._rows()
-        check_sparse(op, self.x, self.weight, N, self.weight_scale, self.bias, *inputs)
+        op, shape, index = "block_sparse_linear", list(self.weight.shape), self.block_index
+        K = check_sparse(op, self.x, self.weight, (index, self.block_offsets), *self[4:])
+        check(len(shape) == 3, op, f"weight must be blocks [B, R, C], got {shape}")
+        check(
+            index.dtype == torch.int32 and tuple(index.shape) == (shape[0],),
+            op,
+            f"block_index must be int32 [{shape[0]}], got {shown(index)}",
+        )
+        C, N = shape[2], self._rows()
+        check(C > 0 and K % C == 0, op, f"expected a multiple of {C} input features, got {K}")
+        _check_scale_rows(op, self.weight_scale, N)
+        check_bias(op, self.bias, N)
         return N
 
     @property
@@ -154,8 +201,7 @@ class BlockSparseLinear(NamedTuple):
         return block.decode(self.weight, self.block_index, self.block_offsets, K, N)
 
     def reference(self) -> Tensor:
-        inputs = (self.activation_group_size, self.activation_scale)
-        return _sparse_linear(self.x, self._values(), self.weight_scale, self.bias, *inputs)
+        return _sparse_linear(self.x, self._values(), *self[4:])
 
     def dense(self) -> Tensor:
         return _scaled(self._values(), self.weight_scale)

@@ -149,14 +149,14 @@ def _broken_storage() -> dict[str, tuple[tuple[Tensor, Tensor, Tensor], int, str
         "a value less": ((weight[:-1], mask, offsets), 24, together),
         "shifted row": ((weight, mask, shifted), 24, together),
         "first row late": ((weight, mask, backwards), 24, together),
-        "wrong K": ((weight, mask, offsets), 33, r"weight_bitmask must be .*\[20, 5\]"),
+        "wrong K": ((weight, mask, offsets), 33, "expected 17 to 24 input features, got 33"),
         "row missing": ((weight, mask[:-1], offsets), 24, r"row_offsets must be .*\[20\]"),
         "offsets int32": (
             (weight, mask, offsets.int()),
             24,
-            "row_offsets must be contiguous int64",
+            "row_offsets must be int64",
         ),
-        "mask int8": ((weight, mask.view(torch.int8), offsets), 24, "must be contiguous uint8"),
+        "mask int8": ((weight, mask.view(torch.int8), offsets), 24, "weight_bitmask must be uint8"),
     }
 
 
@@ -165,10 +165,10 @@ def test_broken_canonical_storage_is_refused(name: str) -> None:
     stored, K, message = _broken_storage()[name]
     with pytest.raises(ValueError, match=message):
         ops.pack_bitmap_panels(*stored, K)
-    with pytest.raises(ValueError, match=r"weight_bitmask|do not belong|row_offsets"):
+    with pytest.raises(ValueError, match=r"weight_bitmask|together|row_offsets|input features"):
         ops.bitmap_sparse_linear(torch.zeros(1, K), *stored, torch.ones(20, 1), None, 0)
     floats = stored[0].float(), *stored[1:]
-    with pytest.raises(ValueError, match=r"weight_bitmask|do not belong|row_offsets"):
+    with pytest.raises(ValueError, match=r"weight_bitmask|together|row_offsets|input features"):
         ops.bitmap_sparse_linear(torch.zeros(1, K), *floats)
 
 
@@ -181,8 +181,11 @@ def test_broken_panels_are_refused() -> None:
         ((weight, outside, offsets), "do not belong together"),
         ((weight[:-1], mask, offsets), "must rise from 0"),
         ((weight, mask, falling), "must rise from 0"),
-        ((weight, mask[:1], offsets), r"weight_bitmask must be .*\[2, 6, 8\]"),
-        ((weight, mask, offsets[:2]), r"must be contiguous int64 \[3\]"),
+        (
+            (weight, mask[:1], offsets),
+            "weight_bitmask must have 2 panels for 20",
+        ),
+        ((weight, mask, offsets[:2]), r"row_offsets must be int64 \[3\], got int64 \[2\]"),
     ):
         with pytest.raises(ValueError, match=message):
             ops.unpack_bitmap_panels(*stored, 20, 24)
@@ -365,31 +368,3 @@ def test_threads_change_nothing(isa: str, M: int, N: int, K: int, group: int | N
         results.append(ops.bitmap_sparse_linear(case.x, *panels, case.scale, case.bias, group))
     torch.set_num_threads(before)
     assert torch.equal(*results)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x": torch.zeros(2, 40)}, r"weight_bitmask must be .*\[20, 5\] for x \[..., 40\]"),
-        ({"x": torch.zeros(2, 24, dtype=torch.float64)}, "x must be float32, bfloat16 or float16"),
-        ({"weight_scale": None}, "int8 values need a weight_scale"),
-        ({"weight_scale": torch.ones(20)}, r"weight_scale must be \[N, 1\]"),
-        ({"weight_scale": torch.ones(19, 1)}, "weight_bitmask has 20 rows, weight_scale 19"),
-        ({"weight_scale": torch.ones(20, 1).half()}, "weight_scale must be contiguous float32"),
-        ({"bias": torch.zeros(4)}, r"bias must be \[20\], got \[4\]"),
-        ({"activation_group_size": 5}, "activation group size 5 does not divide K=24"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_errors_name_what_was_given(change: dict[str, object], message: str) -> None:
-    names = ("weight", "weight_bitmask", "row_offsets")
-    arguments = dict(zip(names, _case(1, 20, 24, 0.5).canonical(), strict=True))
-    arguments |= {"x": torch.zeros(2, 24), "weight_scale": torch.ones(20, 1)}
-    with pytest.raises((ValueError, TypeError), match=message):
-        ops.bitmap_sparse_linear(**{**arguments, **change})
-
-
-def test_int8_activations_need_int8_values() -> None:
-    stored = bitmap.encode(torch.randn(4, 8))
-    with pytest.raises(ValueError, match="int8 activations need int8 values"):
-        ops.bitmap_sparse_linear(torch.zeros(1, 8), *stored, activation_group_size=0)

@@ -98,5 +98,5 @@ def test_pack_names_what_is_wrong(weight: Tensor, bits: int, message: str) -> No
 
 def test_unpack_names_a_shape_that_does_not_fit() -> None:
     packed = torch.ops.llmq.pack_panels(torch.zeros(20, 20, dtype=torch.int8), 8)
-    with pytest.raises(ValueError, match=r"panels \[3, 5, 16, 4\].*got \[2, 5, 16, 4\]"):
+    with pytest.raises(ValueError, match="must have 3 panels for 40 output features, got 2"):
         torch.ops.llmq.unpack_panels(packed, 8, 40, 20)

@@ -212,19 +212,3 @@ def test_two_threads_agree_with_one() -> None:
         torch.set_num_threads(before)
         assert torch.equal(results[0], results[2])
         assert torch.equal(results[1], results[3])
-
-
-def test_bad_arguments() -> None:
-    weight, scale, _ = _encode(16, 64, 8, 32, symmetric=True)
-    x = torch.randn(2, 64)
-    wrong_zero = torch.zeros(16, 1, dtype=torch.int8)
-    for match, arguments in {
-        "do not divide K=63": (x[:, :63], weight, scale, None, None, 8),
-        "bits must be 8 or 4": (x, weight, scale, None, None, 2),
-        "weight must be": (x, weight[:, :32].contiguous(), scale, None, None, 8),
-        "weight_zero_point must be": (x, weight, scale, wrong_zero, None, 8),
-        r"bias must be \[16\]": (x, weight, scale, None, torch.zeros(15), 8),
-        "activation group size 7 does not divide K=64": (x, weight, scale, None, None, 8, 7),
-    }.items():
-        with pytest.raises((ValueError, RuntimeError), match=match):
-            ops.weight_only_linear(*arguments)

@@ -147,26 +147,6 @@ def test_compiles_without_a_graph_break(name: str) -> None:
     torch.testing.assert_close(product(x), _call(name, x * 2) + 1)
 
 
-def test_refuses_bad_arguments() -> None:
-    encoded = uniform.encode(_weight(), bits=8, granularity="channel")
-    x = torch.randn(2, K)
-    table = [
-        (x.double(), encoded.weight, encoded.weight_scale, None, 0),
-        (x, encoded.weight.float(), encoded.weight_scale, None, 0),
-        (x, encoded.weight[:, :-1], encoded.weight_scale, None, 0),
-        (x, encoded.weight, encoded.weight_scale[:-1], None, 0),
-        (x, encoded.weight, encoded.weight_scale, torch.zeros(N + 1), 0),
-        (x, encoded.weight, encoded.weight_scale, None, 48),
-        (torch.tensor(1.0), encoded.weight, encoded.weight_scale, None, 0),
-        (x, encoded.weight, encoded.weight_scale, None, 0, torch.ones(2)),
-        (x, encoded.weight, encoded.weight_scale, None, 0, torch.ones(1).double()),
-        (x, encoded.weight, encoded.weight_scale, None, 16, torch.ones(1)),
-    ]
-    for args in table:
-        with pytest.raises((ValueError, TypeError, RuntimeError)):
-            torch.ops.llmq.int8_linear(*args)
-
-
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_names_are_read_back(name: str) -> None:
     assert resolve_scheme(name).name == name
