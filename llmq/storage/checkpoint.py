@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from llmq.nn import CompressedLayer, LowRankLinear, QuantEmbedding
-from llmq.nn.check import check_layer
+from llmq.nn.serialize import check_layer
 from llmq.report import LayerReport, ModelReport, Untouched
 from llmq.storage import architecture, tensor_file
 from llmq.storage.description import DESCRIPTION, FORMAT_VERSION, digest, read_description

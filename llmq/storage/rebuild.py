@@ -21,7 +21,7 @@ from llmq.nn import (
     empty_layer,
     linear_weight,
 )
-from llmq.nn.check import check_layer
+from llmq.nn.serialize import check_layer
 from llmq.storage import architecture
 from llmq.storage.owned_tensors import owned_tensors
 
