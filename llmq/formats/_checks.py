@@ -33,7 +33,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_weight(weight: Any) -> None:
+def check_float_matrix(weight: Any) -> None:
     """Raise unless `weight` is a finite floating-point matrix [N, K]."""
     check_matrix("weight", weight)
     check_finite("weight", weight)

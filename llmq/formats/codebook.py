@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmq.formats._checks import check_bits, check_codes, check_weight, group_shape
+from llmq.formats._checks import check_bits, check_codes, check_float_matrix, group_shape
 from llmq.formats.uniform import pack_int4, unpack_int4
 
 _BINS = 1 << 16  # of the histogram that the levels are fitted to: 256 a level at 8 bits
@@ -167,7 +167,7 @@ def encode(
         TypeError: if weight is no floating-point tensor.
         ValueError: if weight is no finite matrix, or an argument is out of range.
     """
-    check_weight(weight)
+    check_float_matrix(weight)
     check_bits(bits)
     N = weight.shape[0]
     G, group = group_shape(weight, granularity, group_size)

@@ -16,8 +16,8 @@ from llmq.formats._checks import (
     check_bits,
     check_codes,
     check_finite,
+    check_float_matrix,
     check_matrix,
-    check_weight,
     group_shape,
 )
 
@@ -158,7 +158,7 @@ def encode(
         TypeError: if weight is no floating-point tensor.
         ValueError: if weight is no finite matrix, or an argument is out of range.
     """
-    check_weight(weight)
+    check_float_matrix(weight)
     check_bits(bits)
     N = weight.shape[0]
     G, group = group_shape(weight, granularity, group_size)

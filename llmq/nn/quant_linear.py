@@ -164,15 +164,15 @@ class QuantLinear(CompressedLayer):
             tensors.update({n: pack_scales(tensors[n]) for n in _SCALES if n in tensors})
         return tensors
 
-    def _form(self) -> dispatch.Format:
+    def _op_shape(self) -> dispatch.OpShape:
         scheme = self.scheme
         activations = None if scheme.activations is None else scheme.activation_group_size or 0
-        return dispatch.Format(scheme.bits, scheme.group_size or 0, activations)
+        return dispatch.OpShape(scheme.bits, scheme.group_size or 0, activations)
 
     def kernel(self, M: int, dtype: torch.dtype = torch.float32) -> dispatch.Kernel:
         """Return the kernel that runs for M tokens of `dtype`, with the reason."""
         N, K = self.out_features, self.in_features
-        return dispatch.choose(self.scheme.op, self.weight.device, dtype, M, N, K, self._form())
+        return dispatch.choose(self.scheme.op, self.weight.device, dtype, M, N, K, self._op_shape())
 
     def config(self) -> dict[str, Any]:
         """Return what `empty_layer` needs to make a layer of these shapes, ready for JSON."""

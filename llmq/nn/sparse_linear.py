@@ -281,14 +281,14 @@ class SparseLinear(CompressedLayer):
         packed = torch.ops.llmq.pack_bitmap_panels(*(tensors[n] for n in _BITMAP), K)
         return tensors | dict(zip(_BITMAP, packed, strict=True))
 
-    def _form(self) -> dispatch.Format:
+    def _op_shape(self) -> dispatch.OpShape:
         bits, group = 8 * self.weight.element_size(), self._activation_group()
-        return dispatch.Format(bits, 0, group, self._in_tiles())
+        return dispatch.OpShape(bits, 0, group, self._in_tiles())
 
     def kernel(self, M: int, dtype: torch.dtype = torch.float32) -> dispatch.Kernel:
         """Return the kernel that runs for M tokens of `dtype`, with the reason."""
         N, K = self.out_features, self.in_features
-        return dispatch.choose(self.op, self.weight.device, dtype, M, N, K, self._form())
+        return dispatch.choose(self.op, self.weight.device, dtype, M, N, K, self._op_shape())
 
     def config(self) -> dict[str, Any]:
         """Return what `empty_layer` needs to make a layer of these shapes, ready for JSON."""

@@ -3,8 +3,8 @@
 Schemas live here, so the ops exist without a compiled library; native code only registers faster
 implementations of the same meaning. In every op x is [..., K] and y [..., N], both float32,
 bfloat16 or float16; dot products accumulate in int32 or float32. One class an op: its fields are
-the op's arguments, `check` returns N or raises, `form` tells the choice of a kernel what shapes do
-not, `reference` computes y from checked arguments, and `dense` is the weight that they stand for,
+the op's arguments, `check` returns N or raises, `op_shape` is what the choice of a kernel asks for,
+`reference` computes y from checked arguments, and `dense` is the weight that they stand for,
 float32 [N, K], through which gradients flow.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmq.runtime import gpu
-from llmq.runtime.dispatch import Format
+from llmq.runtime.dispatch import OpShape
 
 library = torch.library.Library("llmq", "DEF")
 
@@ -30,7 +30,7 @@ class LinearOp(Protocol):
     @property
     def bias(self) -> Tensor | None: ...
     @property
-    def form(self) -> Format: ...
+    def op_shape(self) -> OpShape: ...
     def check(self) -> int: ...
     def reference(self) -> Tensor: ...
     def dense(self) -> Tensor: ...
@@ -60,7 +60,7 @@ def define(schema: str, op: type[LinearOp]) -> None:
     def cuda(*args: Any, **kwargs: Any) -> Tensor:
         call = op(*args, **kwargs)
         N = call.check()
-        y: Tensor = gpu.run(name, tuple(call), call.reference, call.form, N)  # type: ignore[arg-type]
+        y: Tensor = gpu.run(name, tuple(call), call.reference, call.op_shape, N)  # type: ignore[arg-type]
         return y
 
     def fake(*args: Any, **kwargs: Any) -> Tensor:

@@ -23,7 +23,7 @@ from llmq.ops.checks import (
 from llmq.ops.define import define, library
 from llmq.ops.reference import canonical, coded_linear, float_linear, group_of, unpack_scales
 from llmq.runtime import gpu
-from llmq.runtime.dispatch import Format
+from llmq.runtime.dispatch import OpShape
 
 # -- quantize_activation: symmetric int8 codes, a float32 scale a token or group, or a given one ---
 
@@ -46,8 +46,8 @@ def _quantize_activation_cuda(
     _check_quantize(x, group_size, activation_scale)
     arguments = (x, group_size, activation_scale)
     reference = functools.partial(activation.quantize_activation, *arguments)
-    form = Format(activation_group=group_size)
-    codes, scale = gpu.run("quantize_activation", arguments, reference, form, 1)
+    op_shape = OpShape(activation_group=group_size)
+    codes, scale = gpu.run("quantize_activation", arguments, reference, op_shape, 1)
     return codes, scale
 
 
@@ -91,8 +91,8 @@ class Int8Linear(NamedTuple):
         return N
 
     @property
-    def form(self) -> Format:
-        return Format(activation_group=self.activation_group_size)
+    def op_shape(self) -> OpShape:
+        return OpShape(activation_group=self.activation_group_size)
 
     def reference(self) -> Tensor:
         codes = canonical(self.weight, 8, self.weight_scale.shape[0], self.x.shape[-1])
@@ -142,9 +142,9 @@ class WeightOnlyLinear(NamedTuple):
         return N
 
     @property
-    def form(self) -> Format:
+    def op_shape(self) -> OpShape:
         group = group_of(self.weight_scale, self.x.shape[-1])
-        return Format(self.bits, group, self.activation_group_size)
+        return OpShape(self.bits, group, self.activation_group_size)
 
     def _decode(self, scale: Tensor) -> Tensor:
         K = self.x.shape[-1]
@@ -199,8 +199,8 @@ class CodebookLinear(NamedTuple):
         return N
 
     @property
-    def form(self) -> Format:
-        return Format(self.bits, group_of(self.weight_scale, self.x.shape[-1]))
+    def op_shape(self) -> OpShape:
+        return OpShape(self.bits, group_of(self.weight_scale, self.x.shape[-1]))
 
     def reference(self) -> Tensor:
         return float_linear(self.x, self.dense(), self.bias)

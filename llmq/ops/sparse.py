@@ -14,7 +14,7 @@ from llmq.formats import bitmap, bitmap_tiles, block, semi_structured
 from llmq.ops.checks import check, check_bias, check_sparse, check_width, shown
 from llmq.ops.define import define
 from llmq.ops.reference import coded_linear, float_linear
-from llmq.runtime.dispatch import Format
+from llmq.runtime.dispatch import OpShape
 
 
 def _sparse_linear(
@@ -90,9 +90,9 @@ class BitmapSparseLinear(NamedTuple):
         return N
 
     @property
-    def form(self) -> Format:
+    def op_shape(self) -> OpShape:
         tiles = self.weight_bitmask.dim() == 4
-        return Format(8 * self.weight.element_size(), 0, self.activation_group_size, tiles)
+        return OpShape(8 * self.weight.element_size(), 0, self.activation_group_size, tiles)
 
     def _values(self) -> Tensor:
         stored = (self.weight, self.weight_bitmask, self.row_offsets)
@@ -143,8 +143,8 @@ class SemiStructuredLinear(NamedTuple):
         return N
 
     @property
-    def form(self) -> Format:
-        return Format(8 * self.weight.element_size(), 0, self.activation_group_size)
+    def op_shape(self) -> OpShape:
+        return OpShape(8 * self.weight.element_size(), 0, self.activation_group_size)
 
     def _values(self) -> Tensor:
         return semi_structured.decode(self.weight, self.weight_meta, self.x.shape[-1])
@@ -193,8 +193,8 @@ class BlockSparseLinear(NamedTuple):
         return N
 
     @property
-    def form(self) -> Format:
-        return Format(8 * self.weight.element_size(), 0, self.activation_group_size)
+    def op_shape(self) -> OpShape:
+        return OpShape(8 * self.weight.element_size(), 0, self.activation_group_size)
 
     def _values(self) -> Tensor:
         K, N = self.x.shape[-1], self._rows()

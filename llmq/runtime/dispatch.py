@@ -1,8 +1,9 @@
-"""Which kernel runs an op, and why: the one place that decides it.
+"""Which kernel runs an op, and why.
 
-On CPU the instruction set is chosen once a process, in `csrc/cpu/dispatch.cpp`; this table tells
-which of the two, native or reference, an op gets, and which layout its weight is kept in. On a GPU
-it tells which of Triton, CUDA and reference an op gets; `llmq/runtime/gpu.py` calls it.
+On a GPU this is where it is chosen, among Triton, CUDA and the reference; `llmq/runtime/gpu.py`
+asks and calls it. On CPU torch's dispatcher calls native code wherever it is loaded, and
+`csrc/cpu/dispatch.cpp` chooses the kernel of the instruction set: here stands what it chose, for
+reports, and in which layout a layer keeps its weight.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ class Kernel(NamedTuple):
     reason: str
 
 
-class Format(NamedTuple):
-    """What a choice needs to know of the values beside their shapes.
+class OpShape(NamedTuple):
+    """What a choice needs to know beside device, dtype, M, N and K.
 
     Args:
         bits: of a stored weight: 4 or 8 of codes, 16 or 32 of floating-point values.
@@ -87,7 +88,7 @@ def choose(
     M: int,
     N: int,
     K: int,
-    form: Format = Format(),  # noqa: B008  (immutable)
+    op_shape: OpShape = OpShape(),  # noqa: B008  (immutable)
 ) -> Kernel:
     """Return the kernel that runs `op` on x [M, K] and weight [N, K], with the reason.
 
@@ -96,7 +97,7 @@ def choose(
         device: where x and the weight are.
         dtype: of x and y.
         M, N, K: tokens, output features, input features.
-        form: of the weight and the inputs.
+        op_shape: of the weight and the inputs.
     """
     kind = torch.device(device).type
     if op == "dense":
@@ -104,7 +105,7 @@ def choose(
     if M == 0 or N == 0 or K == 0:
         return Kernel("reference", "empty product")
     if kind == "cuda":
-        return choose_gpu(op, torch.device(device).index, dtype, M, N, K, form)
+        return choose_gpu(op, torch.device(device).index, dtype, M, N, K, op_shape)
     if kind != "cpu":
         return Kernel("reference", f"no kernel for {op} on {kind} yet")
     library = extension.load()
@@ -122,7 +123,7 @@ def choose(
 
 @functools.lru_cache(4096)
 def choose_gpu(
-    op: str, index: int | None, dtype: torch.dtype, M: int, N: int, K: int, form: Format
+    op: str, index: int | None, dtype: torch.dtype, M: int, N: int, K: int, op_shape: OpShape
 ) -> Kernel:
     """Return what `choose` does for the GPU of that index, None for the current one."""
     if M == 0 or N == 0 or K == 0:
@@ -132,7 +133,7 @@ def choose_gpu(
         if limit < M:
             continue
         for kind in kinds:
-            refusal = _refusal(kind, op, index, dtype, K, form)
+            refusal = _refusal(kind, op, index, dtype, K, op_shape)
             if refusal is None:
                 best = f"first choice for M up to {limit}" if limit < math.inf else "first choice"
                 return Kernel(f"{op}_{kind}", "; ".join(refused) or best)
@@ -142,15 +143,15 @@ def choose_gpu(
 
 
 def _refusal(
-    kind: str, op: str, index: int | None, dtype: torch.dtype, K: int, form: Format
+    kind: str, op: str, index: int | None, dtype: torch.dtype, K: int, op_shape: OpShape
 ) -> str | None:
     """Say why kernels of `kind` cannot run the op, or return None."""
     if dtype not in NATIVE_DTYPES:
         return f"no kernel for {dtype}"
     if kind == "cuda":
-        return _cuda_refusal(op, dtype, K, form) if has_cuda(op) else "not compiled in"
+        return _cuda_refusal(op, dtype, K, op_shape) if has_cuda(op) else "not compiled in"
     if kind == "dense":
-        if not form.tiles or K % 4:
+        if not op_shape.tiles or K % 4:
             return "expands bitmap tiles of rows of a multiple of 4 weights alone"
         return None if has_cuda("expand_bitmap") else "not compiled in"
     missing = [name for name in ("triton", "llmq_kernels") if not _found(name)]
@@ -158,10 +159,10 @@ def _refusal(
         return f"{' and '.join(missing)} not installed"
     if op not in TRITON_MODULES:
         return f"no kernel for {op}"
-    if form.tiles:
+    if op_shape.tiles:
         return "reads no bitmap tiles"
-    if form.bits == 4 and form.group % 2:
-        return f"groups of {form.group} share bytes of 4-bit weights"
+    if op_shape.bits == 4 and op_shape.group % 2:
+        return f"groups of {op_shape.group} share bytes of 4-bit weights"
     found = capability(index)
     if found < LEAST_CAPABILITY and not interpreted():
         wanted = "compute capability {}.{}".format(*LEAST_CAPABILITY)
@@ -169,23 +170,23 @@ def _refusal(
     return None
 
 
-def _cuda_refusal(op: str, dtype: torch.dtype, K: int, form: Format) -> str | None:
+def _cuda_refusal(op: str, dtype: torch.dtype, K: int, op_shape: OpShape) -> str | None:
     if op == "quantize_activation":
         return None
-    if op == "bitmap_sparse_linear" and not form.tiles:
+    if op == "bitmap_sparse_linear" and not op_shape.tiles:
         return "reads bitmap tiles alone"
     if op == "semi_structured_linear":
-        if form.bits != 8 or form.activation_group not in (0, K):
+        if op_shape.bits != 8 or op_shape.activation_group not in (0, K):
             return "weights and inputs are not int8 codes, inputs with one scale a token"
         return f"{K} inputs are no multiple of 128" if K % 128 else None
-    if K * form.bits % 128:
-        return f"rows of {K} weights of {form.bits} bits are no multiple of 16 bytes"
-    for group in (form.group, form.activation_group or 0):
+    if K * op_shape.bits % 128:
+        return f"rows of {K} weights of {op_shape.bits} bits are no multiple of 16 bytes"
+    for group in (op_shape.group, op_shape.activation_group or 0):
         if group % 32 and group != K:
             return f"groups of {group} are no multiple of 32"
-    if form.activation_group is not None and op == "weight_only_linear" and form.bits == 8:
+    if op_shape.activation_group is not None and op == "weight_only_linear" and op_shape.bits == 8:
         return "inputs of 8-bit weights are codes"
-    if form.activation_group is None and dtype == torch.float32:
+    if op_shape.activation_group is None and dtype == torch.float32:
         return "inputs are float32"
     return None
 
@@ -257,7 +258,7 @@ def keeps_tiles(
     if scheme is None:
         masks = N * K * 9 // 64  # bytes, with where runs begin
         pays = dtype.itemsize == 2 and 2 * kept + masks < 2 * N * K
-        form = Format(8 * dtype.itemsize, tiles=True)
-        return pays and N % 32 == 0 and _cuda_refusal(op, dtype, K, form) is None
+        op_shape = OpShape(8 * dtype.itemsize, tiles=True)
+        return pays and N % 32 == 0 and _cuda_refusal(op, dtype, K, op_shape) is None
     group = None if scheme.activations is None else scheme.activation_group_size or 0
-    return _cuda_refusal(op, torch.bfloat16, K, Format(8, 0, group, tiles=True)) is None
+    return _cuda_refusal(op, torch.bfloat16, K, OpShape(8, 0, group, tiles=True)) is None

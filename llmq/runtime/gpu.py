@@ -26,7 +26,7 @@ def run(
     op: str,
     arguments: tuple[Any, ...],
     reference: Callable[[], Any],
-    form: dispatch.Format,
+    op_shape: dispatch.OpShape,
     N: int,
 ) -> Any:
     """Return what `op` gives for `arguments`, x [..., K] first.
@@ -35,13 +35,13 @@ def run(
         op: name of an op in `torch.ops.llmq`.
         arguments: all of its arguments, checked.
         reference: computes the same where no kernel does.
-        form: of the weight and the inputs.
+        op_shape: of the weight and the inputs.
         N: output features.
     """
     x = arguments[0]
     K = x.shape[-1]
     M = x.numel() // K if K else 0
-    kernel = dispatch.choose_gpu(op, x.device.index, x.dtype, M, N, K, form)
+    kernel = dispatch.choose_gpu(op, x.device.index, x.dtype, M, N, K, op_shape)
     if os.environ.get("LLMQ_PRINT_KERNELS") == "1":
         _print(op, M, N, K, kernel)
     if kernel.name == "reference":

@@ -106,17 +106,17 @@ cuda = torch.device("cuda")
 assert dispatch.keeps_tiles(cuda, resolve_scheme("w8a8"), 33, 64, 999, torch.int8)
 assert dispatch.keeps_tiles(cuda, None, 32, 64, 999, torch.bfloat16)
 for M, kind in ((64, "cuda"), (65, "dense")):
-    form = dispatch.Format(8, 0, 0, tiles=True)
-    kernel = dispatch.choose("bitmap_sparse_linear", "cuda", torch.float16, M, 33, 64, form)
+    op_shape = dispatch.OpShape(8, 0, 0, tiles=True)
+    kernel = dispatch.choose("bitmap_sparse_linear", "cuda", torch.float16, M, 33, 64, op_shape)
     assert kernel.name == f"bitmap_sparse_linear_{kind}", kernel
 for op, dtype, M in (("int8_linear", torch.float32, 1), ("weight_only_linear", torch.float16, 64)):
-    form = dispatch.Format(activation_group=0 if op == "int8_linear" else None)
-    assert dispatch.choose(op, "cuda", dtype, M, 33, 64, form).name == f"{op}_cuda"
+    op_shape = dispatch.OpShape(activation_group=0 if op == "int8_linear" else None)
+    assert dispatch.choose(op, "cuda", dtype, M, 33, 64, op_shape).name == f"{op}_cuda"
     for K in (63, 65, 72):  # rows that do not begin on 16 bytes
-        assert dispatch.choose(op, "cuda", dtype, M, 33, K, form).name != f"{op}_cuda"
+        assert dispatch.choose(op, "cuda", dtype, M, 33, K, op_shape).name != f"{op}_cuda"
 for K, group, taken in ((256, 0, True), (256, 256, True), (192, 0, False), (256, 128, False)):
-    form = dispatch.Format(activation_group=group)
-    name = dispatch.choose("semi_structured_linear", "cuda", torch.bfloat16, 64, 33, K, form).name
+    op, op_shape = "semi_structured_linear", dispatch.OpShape(activation_group=group)
+    name = dispatch.choose(op, "cuda", torch.bfloat16, 64, 33, K, op_shape).name
     assert (name == "semi_structured_linear_cuda") == taken, (K, group, name)
 x = torch.randn(3, 64)
 assert torch.ops.llmq.quantize_activation(x, 0)[0].dtype == torch.int8

@@ -122,16 +122,16 @@ def test_weight_only_linear_of_codes(
 def test_the_table_leads_4_bit_weights_and_int8_inputs_to_their_kernel(
     cuda_kernels: pytest.MonkeyPatch,
 ) -> None:
-    for form, M, taken in (
-        (dispatch.Format(4, 32, 32), 64, True),
-        (dispatch.Format(4, 128, 0), 1, True),
-        (dispatch.Format(4, 32, 32), 65, False),
-        (dispatch.Format(4, 48, 32), 1, False),
-        (dispatch.Format(4, 32, 16), 1, False),
-        (dispatch.Format(8, 32, 32), 1, False),
+    for op_shape, M, taken in (
+        (dispatch.OpShape(4, 32, 32), 64, True),
+        (dispatch.OpShape(4, 128, 0), 1, True),
+        (dispatch.OpShape(4, 32, 32), 65, False),
+        (dispatch.OpShape(4, 48, 32), 1, False),
+        (dispatch.OpShape(4, 32, 16), 1, False),
+        (dispatch.OpShape(8, 32, 32), 1, False),
     ):
-        kernel = dispatch.choose("weight_only_linear", "cuda", torch.float32, M, 33, 384, form)
-        assert (kernel.name == "weight_only_linear_cuda") == taken, (form, M, kernel)
+        kernel = dispatch.choose("weight_only_linear", "cuda", torch.float32, M, 33, 384, op_shape)
+        assert (kernel.name == "weight_only_linear_cuda") == taken, (op_shape, M, kernel)
 
 
 # N, K, share kept: one strip and tile, several, partial ones; nothing and all kept.
@@ -299,13 +299,15 @@ def test_the_table_leads_tiles_to_their_kernel_and_many_tokens_to_the_dense_one(
 ) -> None:
     plain = sparse_layer(scheme)
     layer = hold_tiles(plain, cuda_kernels)
-    kernel = dispatch.choose("bitmap_sparse_linear", "cuda", HALVES[0], M, 70, 144, layer._form())
+    kernel = dispatch.choose(
+        "bitmap_sparse_linear", "cuda", HALVES[0], M, 70, 144, layer._op_shape()
+    )
     assert kernel.name == f"bitmap_sparse_linear_{'cuda' if M <= 64 else 'dense'}", kernel
     group = 0 if scheme == "w8a8" else None
     held = (layer._parameters[n] for n in ("weight", "weight_bitmask", "row_offsets"))
     x = tokens(M, 144, HALVES[0])
     call = BitmapSparseLinear(x, *held, layer.weight_scale, layer.bias, group)
-    y = gpu.run("bitmap_sparse_linear", tuple(call), _no_reference, call.form, call.check())
+    y = gpu.run("bitmap_sparse_linear", tuple(call), _no_reference, call.op_shape, call.check())
     if group == 0:
         assert_equal(y, call.reference())
     coded = x
@@ -323,12 +325,12 @@ def test_tiles_of_floating_point_values_run_likewise(
     plain = sparse_layer(None, N=64, dtype=dtype)
     layer = hold_tiles(plain, cuda_kernels)
     assert plain.op == "dense" and layer.op == "bitmap_sparse_linear"
-    kernel = dispatch.choose(layer.op, "cuda", dtype, M, 64, 144, layer._form())
+    kernel = dispatch.choose(layer.op, "cuda", dtype, M, 64, 144, layer._op_shape())
     assert kernel.name == f"bitmap_sparse_linear_{'cuda' if M <= 64 else 'dense'}", kernel
     x = tokens(M, 144, dtype)
     held = (layer._parameters[n] for n in ("weight", "weight_bitmask", "row_offsets"))
     call = BitmapSparseLinear(x, *held, None, layer.bias, None)
-    y = gpu.run("bitmap_sparse_linear", tuple(call), _no_reference, call.form, call.check())
+    y = gpu.run("bitmap_sparse_linear", tuple(call), _no_reference, call.op_shape, call.check())
     assert_product(y, x, plain.dequantize(), layer.bias, "tiles")
     other = HALVES[dtype == HALVES[0]]
     with torch.autocast("cpu", dtype=other):  # to a type in which the kernel has no values
@@ -339,15 +341,15 @@ def test_tiles_of_floating_point_values_run_likewise(
 
 def test_what_the_kernel_of_tiles_refuses_runs_dense(cuda_kernels: pytest.MonkeyPatch) -> None:
     layer = hold_tiles(sparse_layer("w8a16"), cuda_kernels)
-    form = layer._form()
-    single = dispatch.choose("bitmap_sparse_linear", "cuda", torch.float32, 1, 70, 144, form)
+    op_shape = layer._op_shape()
+    single = dispatch.choose("bitmap_sparse_linear", "cuda", torch.float32, 1, 70, 144, op_shape)
     assert single.name.endswith("_dense") and "float32" in single.reason
     values, _, packed = sparse(64, 96, 0.5, HALVES[0])
     x = tokens(65, 96, HALVES[0])
     call = BitmapSparseLinear(x, *packed)
-    y = gpu.run("bitmap_sparse_linear", tuple(call), _no_reference, call.form, call.check())
+    y = gpu.run("bitmap_sparse_linear", tuple(call), _no_reference, call.op_shape, call.check())
     assert_equal(y, nn.functional.linear(x, values))
-    canonical = dispatch.Format(8, 0, 0)
+    canonical = dispatch.OpShape(8, 0, 0)
     found = dispatch.choose("bitmap_sparse_linear", "cuda", HALVES[0], 65, 70, 144, canonical)
     assert not found.name.endswith(("_cuda", "_dense")), found
 

@@ -14,7 +14,7 @@ from llmq.nn import QuantLinear, SparseLinear
 from llmq.ops.dense import CodebookLinear, Int8Linear, WeightOnlyLinear
 from llmq.ops.sparse import BitmapSparseLinear, BlockSparseLinear, SemiStructuredLinear
 from llmq.runtime import dispatch, gpu
-from llmq.runtime.dispatch import Format
+from llmq.runtime.dispatch import OpShape
 from tests.helpers import assert_equal, assert_within, generator, run_python
 from tests.ops.test_ops import BIAS_AT, CASES, K, N
 from tests.triton.device import DEVICE, GPU
@@ -33,8 +33,8 @@ def fresh() -> Iterator[None]:
         cache.cache_clear()
 
 
-def _choose(op: str, M: int = 4, dtype: torch.dtype = HALF, form: Format = Format()) -> Any:  # noqa: B008
-    return dispatch.choose(op, "cuda", dtype, M, 64, 128, form)
+def _choose(op: str, M: int = 4, dtype: torch.dtype = HALF, op_shape: OpShape = OpShape()) -> Any:  # noqa: B008
+    return dispatch.choose(op, "cuda", dtype, M, 64, 128, op_shape)
 
 
 @pytest.mark.parametrize("op", dispatch.GPU_KERNELS)
@@ -84,7 +84,7 @@ def test_cuda_kernels_come_first_for_few_tokens(
         assert _choose(op, 8).name == f"{op}_cuda"
         assert _choose(op, 9).name == f"{op}_triton"
         x = torch.randn(8, 16, device=DEVICE)
-        codes, _ = gpu.run(op, (x, 4), lambda: None, Format(activation_group=4), 1)
+        codes, _ = gpu.run(op, (x, 4), lambda: None, OpShape(activation_group=4), 1)
         assert calls == [4]
         assert_equal(codes, activation.quantize_activation(x, 4)[0])
         dispatch.choose_gpu.cache_clear()
@@ -108,7 +108,7 @@ def test_every_op_gets_through_to_its_kernel(name: str) -> None:
     x = torch.randn(2, 3, K, generator=generator(2))
     call = kind(x, *(t.to(DEVICE) if isinstance(t, Tensor) else t for t in arguments))
     call = call._replace(x=x.to(DEVICE))
-    y = gpu.run(op, tuple(call), _refuse, call.form, call.check())
+    y = gpu.run(op, tuple(call), _refuse, call.op_shape, call.check())
     expected = call.reference()
     # Both sum K products in float32, in other orders, as three TF32 products on a GPU; and quantize
     # the same inputs to the same codes.
@@ -127,7 +127,7 @@ def test_empty_sizes_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         x = torch.zeros(shape, device=DEVICE)
         weight = torch.zeros(4, shape[1], dtype=torch.int8, device=DEVICE)
         call = Int8Linear(x, weight, torch.ones(4, 1, device=DEVICE))
-        y = gpu.run("int8_linear", tuple(call), call.reference, call.form, 4)
+        y = gpu.run("int8_linear", tuple(call), call.reference, call.op_shape, 4)
         assert_equal(y, torch.zeros(shape[0], 4, device=DEVICE))
 
 
@@ -147,7 +147,7 @@ def test_choices_are_printed(capsys: pytest.CaptureFixture, monkeypatch: Any) ->
     gpu._print.cache_clear()
     x = torch.randn(3, 32, device=DEVICE)
     for _ in range(2):
-        gpu.run("quantize_activation", (x, 0), lambda: None, Format(activation_group=0), 1)
+        gpu.run("quantize_activation", (x, 0), lambda: None, OpShape(activation_group=0), 1)
     printed = capsys.readouterr().out.splitlines()
     assert printed == ["llmq: quantize_activation M=3 N=1 K=32 -> quantize_activation_triton"]
 
