@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,14 @@ import torch
 
 from llmq.runtime import extension
 from tests.cpu.isas import ISA_FLAGS, available
+
+# This checkout's kernels under their import name, before those of an installed llmq.
+KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+_LINK = KERNELS.parent / "build" / "imports" / "llmq_kernels"
+_LINK.parent.mkdir(parents=True, exist_ok=True)
+with contextlib.suppress(FileExistsError):
+    _LINK.symlink_to(Path("../../kernels"), target_is_directory=True)
+sys.path.insert(0, str(_LINK.parent))
 
 # Before any test imports Triton's kernels: without a GPU it interprets them.
 if not torch.cuda.is_available():
@@ -39,11 +50,23 @@ def wrong_extension() -> str | None:
     return None
 
 
+def wrong_kernels() -> str | None:
+    """Say which llmq_kernels would be tested if it is not this checkout's `kernels/`."""
+    spec = importlib.util.find_spec("llmq_kernels")
+    first = next(iter((spec and spec.submodule_search_locations) or ()), None)
+    if first is None or Path(first).resolve() != KERNELS:
+        return f"llmq_kernels is {first}, not {KERNELS}; pip install -e . in {KERNELS.parent}"
+    return None
+
+
 def pytest_sessionstart() -> None:
-    # Tests against references alone would pass and prove nothing of the library.
+    # Tests against references alone, or of another checkout, would pass and prove nothing.
     problem = wrong_extension()
     if problem:
         pytest.exit(f"the compiled library that was built does not run: {problem}", returncode=1)
+    problem = wrong_kernels()
+    if problem:
+        pytest.exit(f"these are another checkout's Triton kernels: {problem}", returncode=1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -28,6 +28,14 @@ def test_another_build_than_the_one_loaded_is_refused(
     assert conftest.wrong_extension() is None
 
 
+def test_triton_kernels_are_those_of_this_checkout(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert conftest.wrong_kernels() is None
+    monkeypatch.setattr(conftest, "KERNELS", tmp_path)
+    assert f"not {tmp_path}; pip install -e ." in (conftest.wrong_kernels() or "")
+
+
 def test_fresh_memory_is_poisoned() -> None:
     assert torch.empty(3).isnan().all()
     assert (torch.empty(3, dtype=torch.int8) == 127).all()
