@@ -15,6 +15,9 @@ Kind = Literal["unstructured", "2:4", "block", "structured", "layers"]
 class Scheme:
     """How the weight [N, K] of a linear layer, and its input, are coded.
 
+        >>> llmq.Scheme(bits=4, granularity="group", group_size=32, symmetric=False).name
+        'w4a16-g32'
+
     Args:
         bits: bits of one weight code, 8 or 4.
         method: `"uniform"` (evenly spaced levels) or `"quantile"` (a codebook fitted to weights).
@@ -24,8 +27,8 @@ class Scheme:
         symmetric: whether code 0 stands for weight 0 at the middle of the range; False adds a zero
             point to each scale (uniform only).
         activations: None leaves inputs in floating point; `"dynamic"` codes each token to int8 at
-            run time; `"static"` likewise, but on one scale for all tokens that calibration has
-            measured: for symmetric 8-bit weights by channel or tensor.
+            run time; `"static"` uses one scale for all tokens, measured on calibration
+            data, and needs symmetric 8-bit weights by channel or tensor.
         activation_group_size: inputs that share one activation scale; None is the whole token.
 
     Raises:
@@ -52,7 +55,7 @@ class Scheme:
             )
         if (self.granularity == "group") != (self.group_size is not None):
             raise ValueError(
-                f'Scheme.group_size goes with granularity="group" and only with it, got '
+                f'Scheme: granularity="group" needs a group_size, and no other takes one, got '
                 f"granularity={self.granularity!r}, group_size={self.group_size!r}"
             )
         for name in ("group_size", "activation_group_size"):
@@ -71,7 +74,7 @@ class Scheme:
             raise ValueError("Scheme: a quantile codebook takes floating-point activations only")
         if self.activations == "static" and self.op != "int8_linear":
             raise ValueError(
-                "Scheme: static activations go with symmetric 8-bit weights by channel or tensor"
+                "Scheme: static activations need symmetric 8-bit weights by channel or tensor"
             )
         sizes = (self.group_size, self.activation_group_size)
         if None not in sizes and sizes[0] != sizes[1] and self.activations is not None:

@@ -35,7 +35,13 @@ def embedding_factor(embedding: nn.Embedding) -> float | None:
 class QuantEmbedding(CompressedLayer):
     """An embedding table kept as int8 with one scale a row: ids [...] to vectors [..., K].
 
-    `tied_linear` gives the output layer that shares its tensors.
+    `weight` is int8 [num_embeddings, K], `weight_scale` float32 [num_embeddings, 1]; vectors are of
+    the dtype of the embedding that it replaces. `tied_linear` gives the output layer that shares
+    its tensors. Ids out of range raise `IndexError`.
+
+        >>> table = llmq.QuantEmbedding.from_embedding(torch.nn.Embedding(100, 64), "w8a8")
+        >>> table(torch.tensor([[1, 2, 3]])).shape
+        torch.Size([1, 3, 64])
     """
 
     weight: nn.Parameter

@@ -36,10 +36,16 @@ _SCALES = ("weight_scale", "weight_zero_point")  # that kernels read in panels t
 class QuantLinear(CompressedLayer):
     """A linear layer with quantized weight: y = x Wᵀ + bias, x [..., K], y [..., N] in x's dtype.
 
-    Made by `from_linear` or `llmq.quantize`. Parameters (`requires_grad=False`): `weight` int8,
-    `weight_scale` float32 [N, groups], `weight_zero_point` int8 or None, `weight_codebook` float32
-    or None, `input_scale` float32 [1] with static activations, `bias` or None. Storage:
-    `llmq/formats/uniform.py` and `codebook.py`.
+    Made by `from_linear` or `llmq.quantize`. Parameters (`requires_grad=False`): `weight` int8
+    [N, K] or [N, K / 2], `weight_scale` float32 [N, groups], `weight_zero_point` int8 [N, groups]
+    or None, `weight_codebook` float32 [1 or N, 2^bits] or None, `input_scale` float32 [1] with
+    static activations, `bias` [N] or None. Formats: `llmq/formats/uniform.py` and `codebook.py`
+    (uniform: Jacob et al., arXiv:1712.05877). Calling it raises `ValueError` for x that is not
+    [..., K] in float32, bfloat16 or float16.
+
+        >>> layer = llmq.QuantLinear.from_linear(torch.nn.Linear(64, 32), "w8a8")
+        >>> layer(torch.randn(2, 64)).shape, layer.dequantize().shape
+        (torch.Size([2, 32]), torch.Size([32, 64]))
     """
 
     weight: nn.Parameter
@@ -79,7 +85,7 @@ class QuantLinear(CompressedLayer):
         Raises:
             TypeError: if `linear` is no linear layer.
             ValueError: if the weight is not finite, a group size does not divide K, or the input
-                scale is missing or in vain, or not finite and above 1e-30.
+                scale is missing, given for a dynamic scheme, or not finite and above 1e-30.
         """
         scheme = resolve_scheme(scheme)
         weight, bias = linear_weight(linear)

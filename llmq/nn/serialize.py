@@ -93,8 +93,11 @@ def check_layer(name: str, layer: CompressedLayer, tensors: dict[str, Tensor]) -
     """
     shapes = _shapes(name, layer, tensors)
     if shapes.keys() != tensors.keys():
-        odd = ", ".join(sorted(shapes.keys() ^ tensors.keys()))
-        raise ValueError(f"layer {name} lacks, or has without use for it: {odd}")
+        missing, unknown = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
+        raise ValueError(
+            f"layer {name}: expected tensors {sorted(shapes)}; missing {sorted(missing)}, "
+            f"unexpected {sorted(unknown)}"
+        )
     for tensor, value in tensors.items():
         shape = list(value.shape)
         if shapes[tensor] and shape not in shapes[tensor]:

@@ -55,7 +55,13 @@ class SparseLinear(CompressedLayer):
     values are int8, and `input_scale` [1] where activations are static. Unstructured values, int8
     or of 16 bits, are held on CUDA as bitmap tiles where the library has kernels for them; int8
     values on CPU as bitmap panels, whatever the pattern. Other floating-point values are held, and
-    run, as a dense matrix.
+    run, as a dense matrix. x is [..., K], y [..., N] in x's dtype; x of another width raises
+    `ValueError`.
+
+        >>> weight = torch.nn.Linear(64, 32)
+        >>> mask = weight.weight.abs() > weight.weight.abs().median()
+        >>> llmq.SparseLinear.from_linear(weight, scheme="w8a8", mask=mask).mask().sum()
+        tensor(1024)
     """
 
     _resizable = ("weight", "block_index")
@@ -109,7 +115,7 @@ class SparseLinear(CompressedLayer):
         Raises:
             TypeError: if `linear` is no linear layer.
             ValueError: if the mask does not obey the pattern, the scheme cannot be sparse, or the
-                input scale is missing or in vain, or not finite and above 1e-30.
+                input scale is missing, given for a dynamic scheme, or not finite and above 1e-30.
         """
         parsed = parse_pattern(pattern)
         if parsed.kind in ("structured", "layers"):

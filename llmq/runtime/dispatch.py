@@ -152,7 +152,7 @@ def _refusal(
         return _cuda_refusal(op, dtype, K, op_shape) if has_cuda(op) else "not compiled in"
     if kind == "dense":
         if not op_shape.tiles or K % 4:
-            return "expands bitmap tiles of rows of a multiple of 4 weights alone"
+            return "only expands bitmap tiles whose rows are a multiple of 4 weights"
         return None if has_cuda("expand_bitmap") else "not compiled in"
     missing = [name for name in ("triton", "llmq_kernels") if not _found(name)]
     if missing:
@@ -160,7 +160,7 @@ def _refusal(
     if op not in TRITON_MODULES:
         return f"no kernel for {op}"
     if op_shape.tiles:
-        return "reads no bitmap tiles"
+        return "does not read bitmap tiles"
     if op_shape.bits == 4 and op_shape.group % 2:
         return f"groups of {op_shape.group} share bytes of 4-bit weights"
     found = capability(index)
@@ -174,7 +174,7 @@ def _cuda_refusal(op: str, dtype: torch.dtype, K: int, op_shape: OpShape) -> str
     if op == "quantize_activation":
         return None
     if op == "bitmap_sparse_linear" and not op_shape.tiles:
-        return "reads bitmap tiles alone"
+        return "only reads bitmap tiles"
     if op == "semi_structured_linear":
         if op_shape.bits != 8 or op_shape.activation_group not in (0, K):
             return "weights and inputs are not int8 codes, inputs with one scale a token"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import io
 import itertools
 import pickle
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import llmq
 from llmq.nn import CompressedLayer, QuantEmbedding, QuantLinear, SparseLinear, empty_layer
 from llmq.scheme import PRESETS, Scheme
 
@@ -328,3 +330,11 @@ class TestQuantEmbedding:
 def test_bytes_are_those_of_the_state_dict(name: str) -> None:
     state = LAYERS[name].state_dict()
     assert LAYERS[name].bytes() == sum(t.numel() * t.element_size() for t in state.values())
+
+
+@pytest.mark.parametrize("kind", [QuantLinear, SparseLinear, QuantEmbedding, Scheme])
+def test_examples_in_docstrings_run(kind: type) -> None:
+    names = {"llmq": llmq, "torch": torch}
+    example = doctest.DocTestParser().get_doctest(kind.__doc__ or "", names, kind.__name__, None, 0)
+    assert example.examples
+    assert doctest.DocTestRunner().run(example).failed == 0
