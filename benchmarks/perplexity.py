@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 import llmq
 from benchmarks import compare, llama, model, results
 from llmq.commands import bench, demo, smollm2
-from llmq.evaluation.evaluate import WINDOW
+from llmq.models.batches import WINDOW
 
 LLAMA = tuple(f"llama.cpp {form}" for form in llama.FORMATS)
 ORDER = (*model.models(), *LLAMA)  # of rows

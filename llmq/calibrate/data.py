@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llmq.calibrate.stages import Call
-from llmq.evaluation.evaluate import batches_of, unpack
+from llmq.models.batches import batches_of, unpack
 
 _log = logging.getLogger("llmq")
 WINDOWS = 128  # of running text that are used, evenly from all of it

@@ -28,8 +28,9 @@ from llmq.evaluation.compare import (
     new_figure,
     svg,
 )
-from llmq.evaluation.evaluate import WINDOW, evaluate, inference, model_bytes
+from llmq.evaluation.evaluate import evaluate, inference, model_bytes
 from llmq.models.accelerate import accelerate
+from llmq.models.batches import WINDOW
 from llmq.nn import CompressedLayer, QuantEmbedding
 from llmq.pruning.prune import prune
 from llmq.quantization.quantize import quantize

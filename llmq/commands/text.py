@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.evaluation.evaluate import WINDOW
+from llmq.models.batches import WINDOW
 
 
 def tokens(file: Path | None, tokenizer: Any) -> Tensor:

@@ -16,19 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmq.evaluation import intervals
-from llmq.evaluation.evaluate import (
-    Metrics,
-    Tally,
-    aligned,
-    batches_of,
-    by_row,
-    inference,
-    logits_of,
-    model_bytes,
-    progress,
-    unpack,
-)
+from llmq.evaluation.evaluate import Metrics, Tally, inference, model_bytes, progress
 from llmq.evaluation.intervals import Interval
+from llmq.models.batches import aligned, batches_of, by_row, logits_of, unpack
 from llmq.nn import CompressedLayer
 
 _ROWS = 1024  # rows of logits compared at once

@@ -19,16 +19,9 @@ from torch import Tensor, nn
 
 from llmq.evaluation import intervals
 from llmq.evaluation.compare import divergences
-from llmq.evaluation.evaluate import (
-    aligned,
-    by_row,
-    counted,
-    inference,
-    logits_of,
-    progress,
-    unpack,
-)
+from llmq.evaluation.evaluate import inference, progress
 from llmq.evaluation.intervals import Interval
+from llmq.models.batches import aligned, by_row, counted, logits_of, unpack
 from llmq.models.blocks import blocks, constant, running
 from llmq.models.targets import Target
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from llmq.calibrate.data import calls_of
-from llmq.evaluation.evaluate import WINDOW, batches_of
 from llmq.evaluation.sensitivity import Sensitivity, Unit, input_moments
+from llmq.models.batches import WINDOW, batches_of
 from llmq.models.targets import Target, find
 from llmq.planner.calibrated_layers import CalibratedLayers
 from llmq.planner.costs import (

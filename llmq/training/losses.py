@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmq.evaluation.evaluate import unpack
+from llmq.models.batches import unpack
 
 _IGNORED = -100  # transformers' label for positions that do not count
 
