@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks import algorithms, compare, results
 from benchmarks.peers import PEERS
-from llmq.commands import demo
+from llmq.commands import demo_report
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -215,7 +215,7 @@ def _machine(record: dict[str, Any]) -> str:
 KINDS: dict[str, Callable[..., str]] = {
     "algorithms": algorithms.table,
     "cuda": cuda,
-    "demo": demo.markdown,
+    "demo": demo_report.markdown,
     "linear": linear,
     "model": model,
     "peers": peers,

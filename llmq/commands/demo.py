@@ -6,9 +6,10 @@ import copy
 import json
 import math
 import sys
+import time
 from argparse import Namespace
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llmq.commands import bench, smollm2
-from llmq.evaluation.compare import (
-    LayerError,
-    divergence,
-    html_page,
-    html_table,
-    layer_errors,
-    layer_plot,
-    new_figure,
-    svg,
-)
-from llmq.evaluation.evaluate import evaluate, inference, model_bytes
+from llmq.commands import bench, demo_report, smollm2
+from llmq.evaluation.compare import divergence
+from llmq.evaluation.evaluate import inference, model_bytes
+from llmq.evaluation.layer_errors import layer_errors
 from llmq.models.accelerate import accelerate
 from llmq.models.batches import WINDOW
 from llmq.nn import CompressedLayer, QuantEmbedding
@@ -37,23 +30,33 @@ from llmq.quantization.quantize import quantize
 from llmq.storage.checkpoint import load, save
 from llmq.training.fine_tune import fine_tune
 
-SCHEMES = ("w8a8", "w8a8-g64", "w4a16-g32")
-WHOLE = "w8a8-g64, skip=()"  # embeddings and output layer too
-FAST = f"{WHOLE}, accelerated"  # a decoder layer in one call
-SPARSE = "50 % sparse w8a8"
-EVALUATED = 4096  # tokens of the text; the rest of it is for training
+FLOAT = "float32"
+LINEAR = "w8a8-g64"
+FAST = "w8a8-g64, lm_head too, accelerated"
+ROUNDED = "w4a8-g32 rounded, lm_head too, accelerated"
+GPTQ = "w4a8-g32 GPTQ, lm_head too, accelerated"
+MAGNITUDE = "50 % magnitude, w8a8, lm_head too"
+SPARSEGPT = "50 % SparseGPT, w8a8, lm_head too"
+DISTILLED = "50 % SparseGPT, w8a8, lm_head too, distilled"
+FULL = (FLOAT, LINEAR, FAST, ROUNDED, GPTQ, MAGNITUDE, SPARSEGPT, DISTILLED)
+QUICK = (FLOAT, LINEAR, FAST, GPTQ)
+
+EVALUATED = 4096  # tokens at the start of the text; calibration and training take the rest
+WINDOWS, QUICK_WINDOWS = 16, 4  # to calibrate with
 PROBED = 128  # of them, through which the layers' errors are taken
-PROMPT = "In Python, a list is"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the pruned model, and the original beside it, are fine-tuned."""
+    """How the pruned model learns from the original."""
 
     steps: int = 32
     tokens: int = 256  # a sequence
     sequences: int = 2  # a step
-    lr: float = 5e-4
+    lr: float = 3e-4
+
+
+RECIPE = Recipe()
 
 
 @dataclass
@@ -76,7 +79,7 @@ def main(args: Namespace) -> None:
     if args.json:
         print(json.dumps(record, indent=1))
     else:
-        print(markdown(record) if args.markdown else table(record))
+        print(demo_report.markdown(record) if args.markdown else demo_report.table(record))
         print(f"\n{args.output / 'demo.html'} and {args.output / 'demo.json'} hold the rest")
 
 
@@ -100,33 +103,28 @@ def training_batches(tokens: Tensor, recipe: Recipe) -> list[Tensor]:
 
 
 def run(folder: Path, *, quick: bool = False, fresh: bool = False) -> dict[str, Any]:
-    """Compress SmolLM2-135M, measure everything, write `folder`, and return the record.
+    """Compress SmolLM2-135M in several ways, measure all of them, and return the record.
 
     Args:
         folder: gets `demo.json` and `demo.html`.
-        quick: a quarter of the text and four steps of fine-tuning, to see that all of it works.
-        fresh: fine-tunes again although a result is cached.
+        quick: fewer models, judged on a quarter of the text.
+        fresh: calibrates and trains again although results are cached.
     """
     original, tokenizer = smollm2.load()
-    evaluated, trained = text_tokens(tokenizer)
-    recipe = Recipe(steps=4) if quick else Recipe()
+    evaluated, rest = text_tokens(tokenizer)
     evaluated = evaluated[:1024] if quick else evaluated
-    models = {"float32": original}
-    for scheme in SCHEMES:
-        models[scheme] = quantize(copy.deepcopy(original), scheme=scheme)
-    models[WHOLE] = quantize(copy.deepcopy(original), scheme="w8a8-g64", skip=())
-    models[FAST] = accelerate(copy.deepcopy(models[WHOLE]))
-    recovery, models[SPARSE] = recovered(original, evaluated, trained, recipe, fresh=fresh)
+    calibration = _calibration(rest, QUICK_WINDOWS if quick else WINDOWS)
+    store = Store(fresh=fresh, calibration=calibration)
+    models = {name: _made(name, original, store, rest) for name in (QUICK if quick else FULL)}
     quality = qualities(models, evaluated)
     speed = bench.model_speeds(models, rounds=1 if quick else 2)
     rows = []
     for name, model in models.items():
-        linear = sum(_linear_bytes(model))
         rows.append(
             Row(
                 name=name,
                 megabytes=model_bytes(model) / 1e6,
-                linear_megabytes=linear / 1e6,
+                linear_megabytes=sum(_linear_bytes(model)) / 1e6,
                 prefill=speed[name]["prefill"],
                 decode=speed[name]["decode"],
                 perplexity=quality[name][0],
@@ -139,79 +137,124 @@ def run(folder: Path, *, quick: bool = False, fresh: bool = False) -> dict[str, 
         layers = {
             name: layer_errors(original, model, (), probe)
             for name, model in models.items()
-            if name != "float32"
+            if name != FLOAT
         }
     record = {
         "model": "SmolLM2-135M-Instruct",
         "text": f"pydoc_data.topics, first {evaluated.numel()} tokens, windows of {WINDOW}",
+        "calibration": f"{len(calibration)} windows of {WINDOW} tokens from later in the same text",
         "machine": bench.machine(),
         "rows": [asdict(row) for row in rows],
-        "recovery": recovery,
+        "recovery": _recovery(models, quality, store) if DISTILLED in models else None,
         "layers": {name: [asdict(error) for error in errors] for name, errors in layers.items()},
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "demo.json").write_text(json.dumps(record, indent=1))
-    (folder / "demo.html").write_text(page(record, layers))
+    (folder / "demo.html").write_text(demo_report.page(record, layers), encoding="utf-8")
     return record
 
 
-def recovered(
-    original: Any, evaluated: Tensor, trained: Tensor, recipe: Recipe, *, fresh: bool
-) -> tuple[dict[str, Any], Any]:
-    """Return what fine-tuning brings back after pruning half of the weights, and the model.
+def _calibration(rest: Tensor, count: int) -> Tensor:
+    """Return windows evenly from `rest`, from 4,096 tokens on: apart from what is judged on."""
+    windows = rest[EVALUATED:]
+    windows = windows[: windows.numel() // WINDOW * WINDOW].view(-1, WINDOW)
+    return windows[[i * len(windows) // count for i in range(count)]]
 
-    Both the pruned model and the original are trained alike, so that adapting to the text does
-    not pass for recovery. The result is kept in the cache, by recipe.
+
+@dataclass
+class Store:
+    """Models that take calibration or training, kept in the cache from one demo to the next."""
+
+    fresh: bool
+    calibration: Tensor
+    made: set[str] = field(default_factory=set)  # by this demo
+
+    def get(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return the kept model of that name, made and kept first where there is none."""
+        folder = self.folder(name)
+        again = self.fresh and name not in self.made
+        if again or not (folder / "seconds.json").exists():
+            print(f"making {name} (kept for the next time)", file=sys.stderr)
+            started = time.perf_counter()
+            save(make(), folder)
+            seconds = time.perf_counter() - started
+            (folder / "seconds.json").write_text(json.dumps(seconds))
+            self.made.add(name)
+        return load(folder)
+
+    def seconds(self, name: str) -> float:
+        """Return how long a kept model took to make."""
+        return float(json.loads((self.folder(name) / "seconds.json").read_text()))
+
+    def folder(self, name: str) -> Path:
+        """Return where a model is kept: another folder for other windows to calibrate with."""
+        return smollm2.cache_folder() / "demo" / f"{name}-{len(self.calibration)}"
+
+
+def _made(name: str, original: Any, store: Store, rest: Tensor) -> Any:
+    """Return the model of one row; `original` stays as it is."""
+    model = original if name == FLOAT else copy.deepcopy(original)
+    data = store.calibration
+    if name == LINEAR:
+        return quantize(model, scheme="w8a8-g64")
+    if name == FAST:
+        return accelerate(quantize(model, scheme="w8a8-g64", skip=()))
+    if name == ROUNDED:
+        return accelerate(quantize(model, scheme="w4a8-g32", skip=()))
+    if name == GPTQ:
+        return accelerate(
+            store.get(
+                "gptq",
+                lambda: quantize(model, scheme="w4a8-g32", algorithm="gptq", data=data, skip=()),
+            )
+        )
+    if name == MAGNITUDE:
+        return quantize(prune(model, 0.5), scheme="w8a8", skip=())
+    if name == SPARSEGPT:
+        return store.get("sparsegpt", lambda: _pruned(model, data))
+    if name == DISTILLED:
+        pruned = store.get("sparsegpt", lambda: _pruned(model, data))
+        return store.get(_distilled_name(), lambda: _distilled(pruned, original, rest))
+    return model
+
+
+def _pruned(model: Any, data: Tensor) -> Any:
+    return quantize(prune(model, 0.5, method="sparsegpt", data=data), scheme="w8a8", skip=())
+
+
+def _distilled_name() -> str:
+    return f"distilled-{RECIPE.steps}-{RECIPE.lr:g}"
+
+
+def _distilled(model: Any, teacher: Any, rest: Tensor) -> Any:
+    """Train `model` towards the teacher's distribution alone.
+
+    Without labels the original would have nothing to learn from itself, so that what comes closer
+    is recovery and not getting used to the text.
     """
-    name = f"demo-{recipe.steps}x{recipe.sequences}x{recipe.tokens}-{recipe.lr:g}"
-    cached = smollm2.cache_folder() / name
-    result = cached / "recovery.json"
-    if not fresh and result.exists():
-        return json.loads(result.read_text()), load(cached)
-    batches = training_batches(trained, recipe)
-    print(
-        f"pruning half of the weights, then {recipe.steps} steps of fine-tuning, twice: the pruned "
-        f"model and, to compare, the original (kept for the next time)",
-        file=sys.stderr,
-    )
-    teacher = copy.deepcopy(original)
-    pruned = quantize(prune(copy.deepcopy(original), 0.5), scheme="w8a8")
-    record: dict[str, Any] = {
-        "recipe": asdict(recipe),
-        "original": _perplexity(original, evaluated),
-        "pruned": _perplexity(pruned, evaluated),
-    }
-    history = _train(pruned, batches, teacher, recipe)
-    record["pruned_tuned"] = _perplexity(pruned, evaluated)
-    record["seconds"] = history.seconds
-    tuned = copy.deepcopy(original)
-    _train(tuned, batches, teacher, recipe)
-    record["original_tuned"] = _perplexity(tuned, evaluated)
-    lost = math.log(record["pruned"] / record["original"])
-    remaining = math.log(record["pruned_tuned"] / record["original_tuned"])
-    record["recovered"] = 1 - remaining / lost
-    record["zeros_kept"] = all(_masked_zeros(pruned))
-    save(pruned, cached)
-    result.write_text(json.dumps(record, indent=1))
-    return record, load(cached)
+    batches = training_batches(rest, RECIPE)
+    fine_tune(model, batches, steps=RECIPE.steps, lr=RECIPE.lr, teacher=teacher, teacher_weight=1.0)
+    return model
 
 
-def _train(model: Any, batches: list[Tensor], teacher: Any, recipe: Recipe) -> Any:
-    # The embedding is a quarter of all parameters and was not pruned: training it gains nothing.
-    model.get_input_embeddings().requires_grad_(False)
-    return fine_tune(model, batches, steps=recipe.steps, lr=recipe.lr, teacher=teacher)
+def _recovery(
+    models: dict[str, Any], quality: dict[str, tuple[float, float]], store: Store
+) -> dict[str, Any]:
+    """Return what calibration and distillation bring back of what pruning takes."""
+    names = {"magnitude": MAGNITUDE, "sparsegpt": SPARSEGPT, "distilled": DISTILLED}
+    record: dict[str, Any] = {"recipe": asdict(RECIPE), "original": quality[FLOAT][0]}
+    for key, name in names.items():
+        record[key] = {"perplexity": quality[name][0], "kl": quality[name][1]}
+    record["sparsegpt"]["seconds"] = store.seconds("sparsegpt")
+    record["distilled"]["seconds"] = store.seconds(_distilled_name())
+    record["zeros_kept"] = all(_masked_zeros(models[DISTILLED]))
+    return record
 
 
 def _masked_zeros(model: Any) -> Iterable[bool]:
     for module in model.modules():
         if isinstance(module, CompressedLayer) and hasattr(module, "mask"):
             yield not bool(module.dequantize()[~module.mask()].any())  # type: ignore[operator]
-
-
-def _perplexity(model: Any, tokens: Tensor) -> float:
-    perplexity = evaluate(model, tokens).perplexity
-    assert perplexity is not None
-    return perplexity
 
 
 def qualities(models: dict[str, Any], tokens: Tensor) -> dict[str, tuple[float, float]]:
@@ -246,127 +289,10 @@ def _linear_bytes(model: Any) -> Iterable[int]:
 
 def sample(model: Any, tokenizer: Any, tokens: int = 24) -> str:
     """Return what the model writes after the prompt, greedily."""
-    inputs = tokenizer(PROMPT, return_tensors="pt")
+    inputs = tokenizer(demo_report.PROMPT, return_tensors="pt")
     with inference(model):
         output = model.generate(
             **inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
         )
     text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
     return " ".join(text.split())
-
-
-# -- output --------------------------------------------------------------------------------------
-
-HEAD = (
-    "model",
-    "MB",
-    "linear MB",
-    "prefill tok/s",
-    "decode tok/s",
-    "perplexity",
-    "KL",
-)
-
-
-def cells(record: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Return the table's cells, a row a model."""
-    return [
-        (
-            row["name"],
-            f"{row['megabytes']:.1f}",
-            f"{row['linear_megabytes']:.1f}",
-            f"{row['prefill']:.0f}",
-            f"{row['decode']:.1f}",
-            f"{row['perplexity']:.2f}",
-            f"{row['kl']:.4f}",
-        )
-        for row in record["rows"]
-    ]
-
-
-def recovery_line(record: dict[str, Any]) -> str:
-    """Return what fine-tuning brought back, in one sentence."""
-    r = record["recovery"]
-    return (
-        f"Pruning half of the weights took perplexity from {r['original']:.2f} to "
-        f"{r['pruned']:.1f}; {r['recipe']['steps']} steps of fine-tuning ({r['seconds']:.0f} s) "
-        f"brought it to {r['pruned_tuned']:.2f}, the original trained alike to "
-        f"{r['original_tuned']:.2f}: {100 * r['recovered']:.0f} % of the lost log-perplexity is "
-        f"back."
-    )
-
-
-def table(record: dict[str, Any]) -> str:
-    """Return the record as plain text."""
-    rows = [HEAD, *cells(record)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    lines += ["", recovery_line(record), "", f"After {PROMPT!r}:"]
-    width = max(len(row["name"]) for row in record["rows"])
-    lines += [f"  {row['name']:<{width}}  {row['sample']}" for row in record["rows"]]
-    return "\n".join([*lines, "", _setting(record)])
-
-
-def markdown(record: dict[str, Any]) -> str:
-    """Return the record's table in Markdown, for the README."""
-    lines = ["| " + " | ".join(HEAD) + " |", "|---|" + "---:|" * (len(HEAD) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in cells(record)]
-    return "\n".join([*lines, "", _setting(record), "", recovery_line(record)])
-
-
-def _setting(record: dict[str, Any]) -> str:
-    m = record["machine"]
-    return (
-        f"{record['model']}; {record['text']}; {m['cpu']}, {m['threads']} threads, {m['isa']}, "
-        f"torch {m['torch']}; speeds interleaved, batch 1, 512 tokens of prefill."
-    )
-
-
-def page(record: dict[str, Any], layers: dict[str, list[LayerError]]) -> str:
-    """Return the report as one HTML page without outside files."""
-    samples = [(row["name"], row["sample"]) for row in record["rows"]]
-    parts = [
-        html_table(HEAD, cells(record)),
-        f"<p>{recovery_line(record)}</p>",
-        html_table(("model", f"after “{PROMPT}”"), samples, text=True),
-        f"<p><small>{_setting(record)}</small></p>",
-    ]
-    titles = ("Size and speed", "Error of each layer's output, given the original's input")
-    plots = [*_plots(record), layer_plot(layers)]
-    titled = [f"<h2>{t}</h2>{plot}" for t, plot in zip(titles, plots, strict=True) if plot]
-    return html_page(f"llmq demo: {record['model']}", parts, titled or [""])
-
-
-def _two_lines(name: str) -> str:
-    return name.replace(" w8", "\nw8").replace(", ", ",\n")
-
-
-def _plots(record: dict[str, Any]) -> list[str]:
-    figure = new_figure(9, 3.8)
-    if figure is None:
-        return [""]
-    rows = record["rows"]
-    left, right = figure.subplots(1, 2)
-    for row, marker in zip(rows, "oDs^PvX", strict=True):
-        left.scatter(row["megabytes"], row["perplexity"], marker=marker, s=50, label=row["name"])
-    left.set_xlabel("checkpoint, MB")
-    left.set_ylabel("perplexity")
-    left.set_xlim(left=0)
-    left.legend(fontsize=8)
-    places = range(len(rows))
-    for offset, what in ((-0.2, "prefill"), (0.2, "decode")):
-        base = rows[0][what]
-        times = [row[what] / base for row in rows]
-        bars = right.bar([p + offset for p in places], times, width=0.38, label=what)
-        right.bar_label(bars, fmt="%.1f", fontsize=7)
-    right.axhline(1.0, color="black", linewidth=0.5)
-    right.set_xticks(list(places), [_two_lines(r["name"]) for r in rows], fontsize=7)
-    right.set_ylabel("times as fast as float32")
-    right.legend(fontsize=8)
-    return [svg(figure)]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import html
-import io
+import heapq
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,24 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmq.evaluation import intervals
+from llmq.evaluation import html, intervals
 from llmq.evaluation.evaluate import Metrics, Tally, inference, model_bytes, progress
 from llmq.evaluation.intervals import Interval
+from llmq.evaluation.layer_errors import LayerError, by_kind, kind_rows, layer_errors
 from llmq.models.batches import aligned, batches_of, by_row, logits_of, unpack
-from llmq.nn import CompressedLayer
 
 _ROWS = 1024  # rows of logits compared at once
+ERROR_NOTE = (
+    "‖y − y′‖ / ‖y‖ with y the original layer’s output and y′ the compressed one’s, both given the "
+    "input that the layer has in the original."
+)
 _PROBE_TOKENS = 128  # of the first batch, through which the layers' outputs are compared
-
-
-@dataclass(frozen=True)
-class LayerError:
-    """How far one layer's output is from the original's: ‖y − y′‖ / ‖y‖, with its own input."""
-
-    name: str
-    scheme: str
-    output_error: float
-    kernel: str
 
 
 @dataclass(frozen=True)
@@ -98,20 +89,32 @@ class Report:
                 )
         return lines
 
-    def __str__(self) -> str:
+    def text(self, *, layers: bool = False) -> str:
+        """Return the report as text: figures, then errors by kind of layer, then the worst layers.
+
+        Args:
+            layers: whether to list every layer instead of the five worst.
+        """
         rows = [("", "original", "compressed"), *self.rows()]
         width = max(12, *(len(cell) + 2 for row in rows for cell in row[1:]))
         lines = [f"{title:<20}{left:>{width}}{right:>{width}}" for title, left, right in rows]
         lines += self.verdicts()
-        worst = sorted(self.layers, key=lambda layer: -layer.output_error)[:5]
-        if worst:
-            lines.append("largest output errors:")
-            lines += [f"  {w.name:<50} {100 * w.output_error:6.2f} %  {w.scheme}" for w in worst]
+        if not self.layers:
+            return "\n".join(lines)
+        lines += ["", f"{'output error by kind of layer':<36}layers    median     worst  at depth"]
+        for kind, count, median, worst, depth in kind_rows(self.layers):
+            lines.append(f"  {kind:<34}{count:>6}{median:>10}{worst:>10}{depth:>10}")
+        shown = self.layers if layers else heapq.nlargest(5, self.layers, _error_of)
+        lines += ["", "output error of each layer:" if layers else "largest output errors:"]
+        lines += [f"  {w.name:<50}{100 * w.output_error:>8.2f} %  {w.scheme}" for w in shown]
         return "\n".join(lines)
 
-    def print(self) -> None:
-        """Print the table and the five layers with the largest errors."""
-        print(self)
+    def __str__(self) -> str:
+        return self.text()
+
+    def print(self, *, layers: bool = False) -> None:
+        """Print the figures, and errors by kind of layer; `layers` lists every layer."""
+        print(self.text(layers=layers))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, ready for JSON."""
@@ -126,14 +129,48 @@ class Report:
 
     def to_html(self, file: str | Path | None = None) -> str:
         """Return a page that needs no other file, and write it to `file` if one is given."""
-        plots = [] if not self.layers else [layer_plot({"": self.layers})]
         head = ("", "original", "compressed")
-        parts = [html_table(head, self.rows())]
-        parts += [f"<p>{html.escape(line)}</p>" for line in self.verdicts()]
-        page = html_page("llmq: original and compressed", parts, plots)
+        parts = [html.cards(self._highlights()), html.table(head, self.rows())]
+        parts += [html.paragraph(line) for line in self.verdicts()]
+        if self.layers:
+            parts.append("<h2>Error of each layer’s output</h2>")
+            parts.append(html.paragraph(ERROR_NOTE, dim=True))
+            parts.append(html.heat_maps({"": by_kind(self.layers)}, "depth"))
+            kinds = ("kind of layer", "layers", "median", "worst", "at depth")
+            parts.append(html.table(kinds, kind_rows(self.layers)))
+            rows = [
+                (w.name, f"{100 * w.output_error:.2f} %", w.scheme, w.kernel) for w in self.layers
+            ]
+            listed = html.table(("layer", "output error", "scheme", "kernel"), rows, find=True)
+            parts.append(html.folded(f"All {len(rows)} layers", listed))
+        page = html.page("llmq: original and compressed", parts)
         if file is not None:
-            Path(file).write_text(page)
+            Path(file).write_text(page, encoding="utf-8")
         return page
+
+    def _highlights(self) -> list[tuple[str, str]]:
+        """Return what the page shows first, and what it is."""
+        found = [(f"{self.bytes_before / self.bytes_after:.1f}×", "smaller checkpoint")]
+        a, b = self.original, self.compressed
+        if a and b:
+            if a.perplexity and b.perplexity:
+                change = f"{100 * (b.perplexity / a.perplexity - 1):+.1f} %"
+                found.append((change, f"perplexity, {a.perplexity:.2f} → {b.perplexity:.2f}"))
+            else:
+                points = f"{100 * (b.accuracy - a.accuracy):+.2f}"
+                found.append((points, "points of accuracy"))
+            times = b.tokens_per_second / a.tokens_per_second
+            said = f"{times:.1f}×" if times >= 0.95 else f"{times:.2f}× (slower)"
+            found.append((said, "the original’s tokens/s on this data"))
+        if self.agreement is not None:
+            found.append((f"{100 * self.agreement:.1f} %", "same first choice"))
+        if self.cosine is not None:
+            found.append((f"{self.cosine:.4f}", "cosine similarity of embeddings"))
+        return found
+
+
+def _error_of(layer: LayerError) -> float:
+    return layer.output_error
 
 
 def compare(original: nn.Module, compressed: nn.Module, data: Any) -> Report:
@@ -263,114 +300,3 @@ def _hidden(output: Any, mask: Tensor | None) -> Tensor:
 
 def _head(batch: Any) -> Any:
     return batch[:1, :_PROBE_TOKENS] if isinstance(batch, Tensor) else batch
-
-
-def layer_errors(
-    original: nn.Module, compressed: nn.Module, args: Any, kwargs: dict[str, Any]
-) -> list[LayerError]:
-    """Give each compressed layer the input that it has in the original, and compare outputs."""
-    before = dict(original.named_modules())
-    pairs = [
-        (name, before[name], module)
-        for name, module in compressed.named_modules()
-        if isinstance(module, CompressedLayer) and name in before and hasattr(module, "kernel")
-    ]
-    inputs: dict[str, tuple[Tensor, Tensor]] = {}
-    with _recorded(pairs, inputs):
-        original(*args, **kwargs)
-    errors = []
-    for name, _, module in pairs:
-        if name not in inputs:
-            continue
-        x, y = inputs[name]
-        device = next(module.parameters()).device
-        given = module(x.to(device)).to(y.device)
-        if given.shape != y.shape:  # a layer that structured pruning has shrunk
-            continue
-        norm = y.float().norm()
-        error = float((given.float() - y.float()).norm() / norm) if norm > 0 else 0.0
-        scheme = module.scheme.name if module.scheme else "float"  # type: ignore[union-attr]
-        kernel = module.kernel(x.numel() // x.shape[-1]).name  # type: ignore[operator]
-        errors.append(LayerError(name, str(scheme), error, kernel))
-    return errors
-
-
-@contextmanager
-def _recorded(
-    pairs: Sequence[tuple[str, nn.Module, nn.Module]], inputs: dict[str, tuple[Tensor, Tensor]]
-) -> Iterator[None]:
-    handles = []
-    for name, module, _ in pairs:
-
-        def record(_: nn.Module, args: Any, output: Any, name: str = name) -> None:
-            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                inputs[name] = (args[0].detach(), output.detach())
-
-        handles.append(module.register_forward_hook(record))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def layer_plot(series: dict[str, list[LayerError]]) -> str:
-    """Return an SVG of output errors by layer, one line a model; "" without matplotlib."""
-    figure = new_figure(9, 3.5)
-    if figure is None:
-        return ""
-    axes = figure.subplots()
-    for title, layers in series.items():
-        axes.plot([100 * layer.output_error for layer in layers], label=title, linewidth=1)
-    axes.set_xlabel("compressed layer, in order of the model")
-    axes.set_ylabel("output error, %")
-    axes.set_yscale("log")
-    if any(series):
-        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(series))
-    return svg(figure)
-
-
-def new_figure(width: float, height: float) -> Any:
-    """Return a matplotlib figure in inches, or None where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def svg(figure: Any) -> str:
-    """Return a figure as an SVG element to put into a page."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def html_table(
-    head: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, text: bool = False
-) -> str:
-    """Return an HTML table of names, and of numbers or `text` behind them."""
-    start = '<table class="text">' if text else "<table>"
-    lines = [start, "<tr>" + "".join(f"<th>{html.escape(t)}</th>" for t in head) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows]
-    return "\n".join([*lines, "</table>"])
-
-
-def html_page(title: str, parts: list[str], plots: list[str]) -> str:
-    """Return a whole page of HTML parts and SVG plots, without any outside file."""
-    drawn = [plot for plot in plots if plot]
-    if plots and not drawn:
-        drawn = ["<p>Plots need matplotlib: pip install 'llmq-kernels[plots]'</p>"]
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em}"
-        "table{border-collapse:collapse;margin:1em 0}"
-        "td,th{border-bottom:1px solid #ddd;padding:.3em .8em;text-align:right}"
-        "td:first-child,th:first-child,.text td,.text th{text-align:left}"
-        "svg{max-width:100%;height:auto}"
-    )
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>{html.escape(title)}</title><style>{style}</style></head><body>"
-        f"<h1>{html.escape(title)}</h1>{''.join(parts)}{''.join(drawn)}</body></html>"
-    )
