@@ -42,7 +42,7 @@ FULL = (FLOAT, LINEAR, FAST, ROUNDED, GPTQ, MAGNITUDE, SPARSEGPT, DISTILLED)
 QUICK = (FLOAT, LINEAR, FAST, GPTQ)
 
 EVALUATED = 4096  # tokens at the start of the text; calibration and training take the rest
-WINDOWS, QUICK_WINDOWS = 16, 4  # to calibrate with
+WINDOWS, QUICK_WINDOWS = 16, 8  # to calibrate with
 PROBED = 128  # of them, through which the layers' errors are taken
 
 

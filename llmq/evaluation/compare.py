@@ -33,13 +33,13 @@ class Report:
     Args:
         original, compressed: metrics of both, None for encoders without labels.
         kl: mean KL divergence of the compressed model's next-token distribution from the
-            original's, in nats a token; None for encoders.
-        agreement: share of positions at which both give the same token the highest probability.
+            original's, in nats per token; None for encoders.
+        agreement: share of positions at which both models rank the same token first.
         cosine: mean cosine similarity of encoder outputs; None where there are logits.
         layers: output error of each compressed layer.
-        intervals: of 95 %, row of the data by row: `"nll"`, `"perplexity"` (a share) and
-            `"accuracy"` of compressed − original, `"kl"`, `"agreement"` and `"cosine"`; none if
-            the data is one row.
+        intervals: 95 % confidence intervals over the rows of the data, by name: `"nll"`,
+            `"perplexity"` (relative) and `"accuracy"` as compressed − original, `"kl"`,
+            `"agreement"` and `"cosine"`. Empty if the data is a single row.
     """
 
     original: Metrics | None
@@ -53,7 +53,7 @@ class Report:
     intervals: dict[str, Interval] = field(default_factory=dict)
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """Return the table's rows: what, original, compressed."""
+        """Return the rows of the table: name of the figure, original, compressed."""
         rows = [("megabytes", f"{self.bytes_before / 1e6:.1f}", f"{self.bytes_after / 1e6:.1f}")]
         if self.original and self.compressed:
             pairs = (
@@ -76,16 +76,16 @@ class Report:
         return rows
 
     def verdicts(self) -> list[str]:
-        """Say of each difference how large it is, and whether it can be told from zero."""
+        """Return a sentence per difference: size, 95 % interval, and whether it is significant."""
         lines = []
         for name, unit in (("perplexity", "%"), ("accuracy", "points")):
             found = self.intervals.get(name)
             if found is not None:
                 low, value, high = (100 * x for x in (found.low, found.value, found.high))
-                told = "can" if found.distinguishable else "cannot"
+                told = "differs" if found.distinguishable else "does not differ"
                 lines.append(
                     f"{name} {value:+.2f} {unit} [{low:+.2f}, {high:+.2f}] at 95 % over "
-                    f"{found.rows} rows: {told} be told from no difference"
+                    f"{found.rows} rows: {told} significantly from the original"
                 )
         return lines
 
@@ -124,7 +124,7 @@ class Report:
         """Return everything as JSON, and write it to `file` if one is given."""
         text = json.dumps(self.to_dict(), indent=1)
         if file is not None:
-            Path(file).write_text(text)
+            Path(file).write_text(text, encoding="utf-8")
         return text
 
     def to_html(self, file: str | Path | None = None) -> str:
@@ -174,7 +174,10 @@ def _error_of(layer: LayerError) -> float:
 
 
 def compare(original: nn.Module, compressed: nn.Module, data: Any) -> Report:
-    """Measure a compressed model against its original on the same data.
+    """Measure a compressed model against its original on the same data, without changing either.
+
+    Layers are compared on the first 128 tokens: each compressed layer gets the input that it has in
+    the original.
 
     Args:
         original: the model before compression (a deep copy, or loaded again).
@@ -182,7 +185,13 @@ def compare(original: nn.Module, compressed: nn.Module, data: Any) -> Report:
         data: as `llmq.evaluate` takes it; for a bare encoder, batches need no labels.
 
     Raises:
+        TypeError: if the data is of none of these forms, or a model is not an `nn.Module`.
         ValueError: if the data is empty or the two models' outputs have different shapes.
+
+    Example:
+        >>> report = llmq.compare(original, model, tokens)
+        >>> print(report)
+        >>> report.to_html("report.html")
     """
     batches = list(batches_of(data))
     if not batches:

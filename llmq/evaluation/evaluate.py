@@ -1,4 +1,4 @@
-"""The verb `evaluate`: what a model still knows, how large it is and how fast it runs."""
+"""The verb `evaluate`: quality, size and speed of one model."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Metrics:
         nll: mean negative log-likelihood of a label or next token, in nats.
         perplexity: exp(nll) for language models, None for classifiers.
         accuracy: share of labels that get the highest probability.
-        tokens: labels counted.
-        bytes: of all parameters and persistent buffers as a checkpoint holds them.
-        tokens_per_second: inputs through the model a second, on this data.
-        intervals: of 95 %, of `"nll"` and `"accuracy"` over other data of this kind; none if the
-            data is one row.
+        tokens: number of labels.
+        bytes: size of all parameters and persistent buffers in a checkpoint.
+        tokens_per_second: tokens (or examples) that the model processes per second on this data.
+        intervals: 95 % confidence intervals of `"nll"` and `"accuracy"` over the rows of the data;
+            empty if the data is a single row.
     """
 
     nll: float
@@ -117,9 +117,10 @@ def evaluate(model: nn.Module, data: Any) -> Metrics:
 
     Args:
         model: a causal or encoder-decoder language model, or a classifier.
-        data: running text as token ids [T] or [windows, T] (cut into windows of 512); a pair
-            (text or texts, tokenizer); or batches: dicts of the model's arguments with `labels`,
-            or pairs (inputs, targets). Intervals take each row of a batch as one observation.
+        data: text as token ids [T], cut into windows of 512, or [windows, T]; a pair (text or
+            texts, tokenizer); or an iterable of batches: dicts of the model's arguments with
+            `labels`, or pairs (inputs, targets). Each row of a batch is one observation of the
+            confidence intervals.
 
     Raises:
         ValueError: if there is nothing to measure, or a batch has no labels.

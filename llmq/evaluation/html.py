@@ -45,6 +45,7 @@ background:var(--a);margin-right:.5rem;flex:none;min-width:2px}.bar.b::before{ba
 .bar::after{content:"";position:absolute;left:calc(var(--one)*.68);top:-.1rem;bottom:-.1rem;
 border-left:2px dotted var(--dim)}
 .bar em{font-style:normal;background:var(--bg);z-index:1;padding-right:.3rem}
+.named{white-space:nowrap}
 .key{display:inline-block;width:.8em;height:.8em;border-radius:.2em;margin:0 .3em 0 .8em}
 .plot{position:relative;height:21rem;margin:1.2rem 1rem 3.2rem 4rem;
 border:solid var(--dim);border-width:0 0 1px 1px}
@@ -154,7 +155,8 @@ def bars(base: str, names: Sequence[str], series: Mapping[str, Sequence[float]],
     """
     most = max(max(values) / values[0] for values in series.values())
     keys = "".join(
-        f'<span class="key" style="background:var(--{letter})"></span>{escape(title)}'
+        f'<span class="named"><span class="key" style="background:var(--{letter})"></span>'
+        f"{escape(title)}</span> "
         for title, letter in zip(series, "ab", strict=False)
     )
     rows = []
@@ -218,9 +220,13 @@ def heat_maps(maps: Mapping[str, Mapping[str, Mapping[int, float]]], column: str
     low = max(min(positive), 1e-4 * max(positive))
     span = math.log(max(positive) / low) or 1.0
     figures = [_heat_map(title, rows, column, low, span) for title, rows in maps.items()]
-    scale = f'{100 * low:.2g} %<span class="scale"></span>{100 * max(positive):.2g} %'
+    scale = f'{_percent(low)}<span class="scale"></span>{_percent(max(positive))}'
     key = f'<p class="dim">{scale} (log scale). Point at a cell or tap it for its value.</p>'
     return f'{key}<div class="maps">{"".join(figures)}</div>'
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.{0 if share > 0.1 else 2}f} %"
 
 
 def _heat_map(

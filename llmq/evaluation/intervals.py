@@ -39,7 +39,7 @@ class Interval:
 
     @property
     def distinguishable(self) -> bool:
-        """Whether the value, if it is a difference, can be told from zero."""
+        """Whether the interval excludes zero: whether a difference is significant."""
         return not self.low <= 0 <= self.high
 
     def __format__(self, form: str) -> str:

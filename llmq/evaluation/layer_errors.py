@@ -29,7 +29,12 @@ class LayerError:
 def layer_errors(
     original: nn.Module, compressed: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> list[LayerError]:
-    """Give each compressed layer the input that it has in the original, and compare outputs."""
+    """Return each compressed layer's error, given the input that the layer has in the original.
+
+    Args:
+        original, compressed: models with layers of the same names.
+        args, kwargs: what the original is called with, once.
+    """
     before = dict(original.named_modules())
     pairs = [
         (name, before[name], module)

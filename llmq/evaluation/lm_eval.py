@@ -81,15 +81,17 @@ class TaskReport:
         return rows
 
     def verdicts(self) -> list[str]:
-        """Say of each difference whether it can be told from zero."""
+        """Return a sentence per difference: whether it is significant."""
         compared = [score for score in self.scores if score.difference is not None]
         lines = []
         for score in compared:
             assert score.difference is not None
-            told = "can" if score.difference.distinguishable else "cannot"
-            lines.append(f"{score.task}, {score.metric}: {told} be told from no difference at 95 %")
+            told = "differs" if score.difference.distinguishable else "does not differ"
+            lines.append(f"{score.task}, {score.metric}: {told} significantly (95 %)")
         if len(compared) > 1:
-            lines.append("of equal models, one difference in twenty can be told from zero by luck")
+            lines.append(
+                "between equal models, one difference in twenty would be significant by chance"
+            )
         return lines
 
     def __str__(self) -> str:
@@ -102,7 +104,7 @@ class TaskReport:
         return "\n".join([*lines, *self.verdicts()])
 
     def print(self) -> None:
-        """Print the table, and which differences can be told from zero."""
+        """Print the table, and which differences are significant."""
         print(self)
 
     def to_dict(self) -> dict[str, Any]:

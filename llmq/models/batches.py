@@ -1,4 +1,4 @@
-"""Data in every form that the verbs take, as batches; and which logits of a batch have a label."""
+"""Turns each form of data that the verbs take into batches, and matches logits with labels."""
 
 from __future__ import annotations
 

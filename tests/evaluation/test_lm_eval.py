@@ -262,8 +262,8 @@ def test_metrics_of_any_kind() -> None:
         "compressed",
         "difference",
     ]
-    assert "t, rouge: can be told from no difference at 95 %" in table
-    assert "t, rouge (strict): cannot be told from no difference at 95 %" in table
+    assert "t, rouge: differs significantly (95 %)" in table
+    assert "t, rouge (strict): does not differ significantly (95 %)" in table
 
     record = json.loads(report.to_json())["scores"]
     assert record[0]["difference"]["distinguishable"] is True and "outcomes" not in record[0]
