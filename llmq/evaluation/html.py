@@ -189,7 +189,10 @@ def scatter(points: Sequence[Point], x_title: str, floor: float, y_unit: str = "
         return f'<div class="y" style="bottom:{up(y):.1f}%"><i>{label}{y_unit}</i></div>'
 
     parts = [line(floor, f"≤ {floor:g}")]
-    parts += [line(floor * 10**k, f"{floor * 10**k:g}") for k in range(1, int(decades) + 1)]
+    steps = [step * 10**k for k in range(int(decades) + 1) for step in (1, 3)]
+    if decades > 3:  # enough lines without those between
+        steps = [step for step in steps if f"{step}"[0] == "1"]
+    parts += [line(floor * n, f"{floor * n:g}") for n in steps if 1 < n < 10**decades]
     step = 10 ** math.floor(math.log10(right))
     step = next(s for s in (step / 5, step / 2, step) if right / s <= 6 or s == step)
     parts += [
