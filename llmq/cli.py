@@ -233,8 +233,8 @@ def _add_demo(commands: Any) -> None:
         commands, "demo", "compress SmolLM2-135M in several ways and show size, speed and accuracy",
         ["llmq demo --quick"],
     ).add_argument
-    add("--quick", action="store_true", help="less text and less training")
-    add("--fresh", action="store_true", help="train again, even if cached")
+    add("--quick", action="store_true", help="fewer models, less text")
+    add("--fresh", action="store_true", help="calibrate and train again, even if cached")
     add("-o", "--output", type=Path, default=Path("demo-report"), metavar="DIR",
         help="directory for demo.html and demo.json (default: %(default)s)")
     add("--markdown", action="store_true", help="print the table in Markdown")
