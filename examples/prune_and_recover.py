@@ -6,7 +6,7 @@
 MiniLM embeds sentences. What is kept of it is the cosine of its embeddings to the original's, on
 text that neither pruning nor training saw. Magnitude pruning needs no data; SparseGPT adjusts the
 weights that stay. `"reconstruct"` fits each layer to what the original's layer gives, distillation
-trains all layers together. Neither needs labels.
+trains all layers together, and keeps what was best on the validation text. Neither needs labels.
 """
 
 import copy
@@ -46,9 +46,8 @@ def main(directory=None, sentences=640, steps=30):
     show("50 % by SparseGPT, w8a8-g64", model)
     llmq.fine_tune(model, batches[:8], method="reconstruct", teacher=original)
     show("the same, reconstructed", model)
-    history = llmq.fine_tune(
-        model, batches, steps=steps, lr=1e-4, teacher=original, hidden_weight=1.0
-    )
+    options = {"teacher": original, "hidden_weight": 1.0, "validation": batches[:4]}
+    history = llmq.fine_tune(model, batches[4:], steps=steps, lr=2e-5, **options)
     show(f"the same, distilled for {steps} steps", model)
     print(history)
     return rows
