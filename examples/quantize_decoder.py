@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmq
 from llmq.commands import smollm2
-from llmq.models.transformers import accelerate
 
 
 def tokens_per_second(model, tokenizer, count):
@@ -43,7 +42,7 @@ def main(directory=None, tokens=4096, decoded=32):
     for scheme in ("w8a8-g64", "w4a16-g32"):
         models[scheme] = llmq.quantize(copy.deepcopy(original), scheme=scheme)
     whole = llmq.quantize(copy.deepcopy(original), scheme="w8a8-g64", skip=())
-    models["w8a8-g64, all, accelerated"] = accelerate(whole)
+    models["w8a8-g64, all, accelerated"] = llmq.accelerate(whole)
 
     rows = []
     print(f"{'model':<28}{'MB':>8}{'perplexity':>12}{'decoded tokens/s':>18}")
