@@ -270,6 +270,7 @@ Tensor decoder_layer(const Tensor& x, const std::vector<Tensor>& norms, const Te
                      double scaling) {
   const TensorRows rows = rows_of(kOp, x);
   LLMQ_CHECK(x.dim() == 3, kOp, "x must be [batch, tokens, K], got ", shape_of(x));
+  LLMQ_CHECK(start >= 0, kOp, "start must not be negative, got ", start);
   LLMQ_CHECK(norms.size() == 2 || norms.size() == 4, kOp, "norms must be 2 or 4, got ",
              norms.size());
   for (const auto* list : {&weights, &weight_scales, &weight_zero_points, &biases}) {

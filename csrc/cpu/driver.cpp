@@ -109,6 +109,7 @@ Tensor as_contiguous(const Tensor& tensor) {
 TensorRows rows_of(const char* op, const Tensor& x) {
   const int64_t dim = x.dim();
   LLMQ_CHECK(dim >= 1, op, "x must have at least one dimension, got a scalar");
+  LLMQ_CHECK(dim <= kMaxDims, op, "x must have at most 64 dimensions, got ", dim);
   TensorRows rows{{nullptr, float_dtype(op, "x", x), 1, x.size(dim - 1)}, as_contiguous(x)};
   for (int64_t i = 0; i + 1 < dim; ++i) rows.M *= x.size(i);
   rows.data = static_cast<const char*>(rows.tensor.const_data_ptr());
@@ -116,8 +117,7 @@ TensorRows rows_of(const char* op, const Tensor& x) {
 }
 
 Tensor empty(const int64_t* sizes, int64_t dim, ScalarType type) {
-  int64_t strides[64];
-  LLMQ_CHECK(dim <= 64, "empty", "at most 64 dimensions, got ", dim);
+  int64_t strides[kMaxDims];
   for (int64_t i = dim - 1, stride = 1; i >= 0; --i) {
     strides[i] = stride;
     stride *= sizes[i] > 1 ? sizes[i] : 1;
@@ -131,9 +131,8 @@ Tensor empty(const int64_t* sizes, int64_t dim, ScalarType type) {
 }
 
 Tensor empty_output(const TensorRows& x, int64_t N) {
-  int64_t sizes[64];
+  int64_t sizes[kMaxDims];
   const int64_t dim = x.tensor.dim();
-  LLMQ_CHECK(dim <= 64, "empty", "at most 64 dimensions, got ", dim);
   for (int64_t i = 0; i + 1 < dim; ++i) sizes[i] = x.tensor.size(i);
   sizes[dim - 1] = N;
   return empty(sizes, dim, scalar_type(x.dtype));

@@ -79,6 +79,8 @@ struct Rows {
   const void* row(int64_t m) const { return data + m * K * element_size(); }
 };
 
+constexpr int64_t kMaxDims = 64;  // of x, as torch's own tensor iterators take
+
 // The rows of x [..., K], which lie in x or its contiguous copy.
 struct TensorRows : Rows {
   Tensor tensor;

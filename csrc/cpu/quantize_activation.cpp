@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor> quantize_activation(const Tensor& x, int64_t group_si
   const int64_t group = group_size == 0 ? K : group_size;
   const int64_t groups = group == 0 || group_size == 0 ? 1 : K / group;
 
-  int64_t sizes[64];
+  int64_t sizes[kMaxDims];
   const int64_t dim = x.dim();
   for (int64_t i = 0; i < dim; ++i) sizes[i] = x.size(i);
   const Tensor codes = empty(sizes, dim, ScalarType::Char);

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llmq.commands import bench, demo_report, smollm2
+from llmq.commands import bench, demo_report, smollm2, text
 from llmq.evaluation.compare import divergence
 from llmq.evaluation.evaluate import inference, model_bytes
 from llmq.evaluation.layer_errors import layer_errors
@@ -85,21 +85,8 @@ def main(args: Namespace) -> None:
 
 def text_tokens(tokenizer: Any) -> tuple[Tensor, Tensor]:
     """Return (evaluation, training) token ids of `pydoc_data.topics`: disjoint parts of it."""
-    from pydoc_data.topics import topics
-
-    ids = torch.tensor(tokenizer("\n".join(topics.values()), verbose=False)["input_ids"])
+    ids = text.tokens(None, tokenizer)
     return ids[:EVALUATED], ids[EVALUATED:]
-
-
-def training_batches(tokens: Tensor, recipe: Recipe) -> list[Tensor]:
-    """Return as many batches [sequences, tokens] as the recipe has steps, drawn from all text."""
-    rows = tokens[: tokens.numel() // recipe.tokens * recipe.tokens].view(-1, recipe.tokens)
-    generator = torch.Generator().manual_seed(0)
-    order: list[Tensor] = []
-    while sum(o.numel() for o in order) < recipe.steps * recipe.sequences:
-        order.append(torch.randperm(rows.shape[0], generator=generator))
-    picked = torch.cat(order)[: recipe.steps * recipe.sequences]
-    return list(rows[picked].view(recipe.steps, recipe.sequences, recipe.tokens))
 
 
 def run(folder: Path, *, quick: bool = False, fresh: bool = False) -> dict[str, Any]:
@@ -114,8 +101,8 @@ def run(folder: Path, *, quick: bool = False, fresh: bool = False) -> dict[str, 
     evaluated, rest = text_tokens(tokenizer)
     evaluated = evaluated[:1024] if quick else evaluated
     calibration = _calibration(rest, QUICK_WINDOWS if quick else WINDOWS)
-    store = Store(fresh=fresh, calibration=calibration)
-    models = {name: _made(name, original, store, rest) for name in (QUICK if quick else FULL)}
+    kept = KeptModels(fresh=fresh, calibration=calibration)
+    models = {name: _made(name, original, kept, rest) for name in (QUICK if quick else FULL)}
     quality = qualities(models, evaluated)
     speed = bench.model_speeds(models, rounds=1 if quick else 2)
     rows = []
@@ -145,7 +132,7 @@ def run(folder: Path, *, quick: bool = False, fresh: bool = False) -> dict[str, 
         "calibration": f"{len(calibration)} windows of {WINDOW} tokens from later in the same text",
         "machine": bench.machine(),
         "rows": [asdict(row) for row in rows],
-        "recovery": _recovery(models, quality, store) if DISTILLED in models else None,
+        "recovery": _recovery(models, quality, kept) if DISTILLED in models else None,
         "layers": {name: [asdict(error) for error in errors] for name, errors in layers.items()},
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,8 +149,8 @@ def _calibration(rest: Tensor, count: int) -> Tensor:
 
 
 @dataclass
-class Store:
-    """Models that take calibration or training, kept in the cache from one demo to the next."""
+class KeptModels:
+    """Models that take calibration or training, cached from one demo to the next."""
 
     fresh: bool
     calibration: Tensor
@@ -191,10 +178,10 @@ class Store:
         return smollm2.cache_folder() / "demo" / f"{name}-{len(self.calibration)}"
 
 
-def _made(name: str, original: Any, store: Store, rest: Tensor) -> Any:
+def _made(name: str, original: Any, kept: KeptModels, rest: Tensor) -> Any:
     """Return the model of one row; `original` stays as it is."""
     model = original if name == FLOAT else copy.deepcopy(original)
-    data = store.calibration
+    data = kept.calibration
     if name == LINEAR:
         return quantize(model, scheme="w8a8-g64")
     if name == FAST:
@@ -203,7 +190,7 @@ def _made(name: str, original: Any, store: Store, rest: Tensor) -> Any:
         return accelerate(quantize(model, scheme="w4a8-g32", skip=()))
     if name == GPTQ:
         return accelerate(
-            store.get(
+            kept.get(
                 "gptq",
                 lambda: quantize(model, scheme="w4a8-g32", algorithm="gptq", data=data, skip=()),
             )
@@ -211,10 +198,10 @@ def _made(name: str, original: Any, store: Store, rest: Tensor) -> Any:
     if name == MAGNITUDE:
         return quantize(prune(model, 0.5), scheme="w8a8", skip=())
     if name == SPARSEGPT:
-        return store.get("sparsegpt", lambda: _pruned(model, data))
+        return kept.get("sparsegpt", lambda: _pruned(model, data))
     if name == DISTILLED:
-        pruned = store.get("sparsegpt", lambda: _pruned(model, data))
-        return store.get(_distilled_name(), lambda: _distilled(pruned, original, rest))
+        pruned = kept.get("sparsegpt", lambda: _pruned(model, data))
+        return kept.get(_distilled_name(), lambda: _distilled(pruned, original, rest))
     return model
 
 
@@ -232,21 +219,23 @@ def _distilled(model: Any, teacher: Any, rest: Tensor) -> Any:
     Without labels the original would have nothing to learn from itself, so that what comes closer
     is recovery and not getting used to the text.
     """
-    batches = training_batches(rest, RECIPE)
+    batches = text.training_batches(
+        rest, RECIPE.steps, sequences=RECIPE.sequences, length=RECIPE.tokens
+    )
     fine_tune(model, batches, steps=RECIPE.steps, lr=RECIPE.lr, teacher=teacher, teacher_weight=1.0)
     return model
 
 
 def _recovery(
-    models: dict[str, Any], quality: dict[str, tuple[float, float]], store: Store
+    models: dict[str, Any], quality: dict[str, tuple[float, float]], kept: KeptModels
 ) -> dict[str, Any]:
     """Return what calibration and distillation bring back of what pruning takes."""
     names = {"magnitude": MAGNITUDE, "sparsegpt": SPARSEGPT, "distilled": DISTILLED}
     record: dict[str, Any] = {"recipe": asdict(RECIPE), "original": quality[FLOAT][0]}
     for key, name in names.items():
         record[key] = {"perplexity": quality[name][0], "kl": quality[name][1]}
-    record["sparsegpt"]["seconds"] = store.seconds("sparsegpt")
-    record["distilled"]["seconds"] = store.seconds(_distilled_name())
+    record["sparsegpt"]["seconds"] = kept.seconds("sparsegpt")
+    record["distilled"]["seconds"] = kept.seconds(_distilled_name())
     record["zeros_kept"] = all(_masked_zeros(models[DISTILLED]))
     return record
 
@@ -294,5 +283,5 @@ def sample(model: Any, tokenizer: Any, tokens: int = 24) -> str:
         output = model.generate(
             **inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
         )
-    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
-    return " ".join(text.split())
+    words: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+    return " ".join(words.split())

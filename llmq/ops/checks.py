@@ -35,6 +35,7 @@ def check_float(op: str, name: str, tensor: Tensor) -> None:
 def check_x(op: str, x: Tensor, *others: Tensor | None) -> int:
     """Return K of x [..., K] after checking its dtype and that the others are where it is."""
     check(x.dim() >= 1, op, "x must have at least one dimension, got a scalar")
+    check(x.dim() <= 64, op, f"x must have at most 64 dimensions, got {x.dim()}")
     check_float(op, "x", x)
     for other in others:
         if other is not None and other.device != x.device:

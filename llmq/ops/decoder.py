@@ -140,6 +140,7 @@ def _check(
 ) -> None:
     op = "decoder_layer"
     check(x.dim() == 3, op, f"x must be [batch, tokens, K], got {list(x.shape)}")
+    check(start >= 0, op, f"start must not be negative, got {start}")
     (B, T, K), D = x.shape, cos.shape[-1]
     check(len(norms) in (2, 4), op, f"norms must be 2 or 4, got {len(norms)}")
     for tensors in (weights, weight_scales):

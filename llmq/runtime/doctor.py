@@ -70,7 +70,6 @@ _OPTIONAL = {
     "gguf": ("reads GGUF files", "eval"),
     "accelerate": ("loads large checkpoints", "eval"),
     "lm_eval": ("runs lm-eval's tasks", "lm-eval"),
-    "matplotlib": ("draws the plots of HTML reports", "plots"),
     "pytest_benchmark": ("runs benchmarks/micro.py", "bench"),
 }
 _OPS = (

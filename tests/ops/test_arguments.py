@@ -51,6 +51,7 @@ GOOD: dict[str, tuple[type | None, dict[str, Any]]] = {
 }
 OF_X = [
     ({"x": torch.tensor(1.0)}, "x must have at least one dimension, got a scalar"),
+    ({"x": X.view(*[1] * 300, *X.shape)}, "x must have at most 64 dimensions, got 302"),
     ({"x": X.double()}, "x must be float32, bfloat16 or float16, got float64"),
     ({"x": X.int()}, "x must be float32, bfloat16 or float16, got int32"),
 ]
@@ -321,6 +322,7 @@ def _decoder(**changes: Any) -> list[Any]:
 DECODER: list[tuple[dict[str, Any], str]] = [
     ({"x": torch.zeros(3, 32)}, "x must be [batch, tokens, K], got [3, 32]"),
     ({"x": torch.zeros(1, 3, 29)}, "expected 32 input features, got 29"),
+    ({"start": -1}, "start must not be negative, got -1"),
     ({"norms": [torch.ones(32)] * 3}, "norms must be 2 or 4, got 3"),
     ({"weights": []}, "a layer has 7 linear layers, got 0 tensors of a kind"),
     (

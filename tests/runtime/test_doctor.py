@@ -114,7 +114,7 @@ def test_missing_packages_and_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     found = parts()
-    assert "pip install 'llmq-kernels[plots]'" in found["matplotlib"].remedy
+    assert "pip install 'llmq-kernels[eval]'" in found["gguf"].remedy
     assert "pip install 'llmq-kernels[transformers]'" in found["transformers"].remedy
     assert "apt-get install g++" in found["C++ compiler"].remedy
     assert not found["numpy"].ok and found["numpy"].remedy == "pip install numpy"
