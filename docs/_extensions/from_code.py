@@ -129,7 +129,7 @@ class CommandLine(SphinxDirective):
                 listing += self._item(parser, action)
             section += listing
         if parser.epilog:
-            section += code(parser.epilog % {"prog": parser.prog}, "text")
+            section += code(parser.epilog, "text")
         return section
 
     @staticmethod
