@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llmq.version import __version__
 
 if TYPE_CHECKING:
+    from llmq.commands.doctor import doctor as doctor
     from llmq.evaluation.compare import compare as compare
     from llmq.evaluation.evaluate import evaluate as evaluate
     from llmq.models.accelerate import accelerate as accelerate
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from llmq.planner.plan import plan as plan
     from llmq.pruning.prune import prune as prune
     from llmq.quantization.quantize import quantize as quantize
-    from llmq.runtime.doctor import doctor as doctor
     from llmq.scheme import Scheme as Scheme
     from llmq.storage.checkpoint import load as load
     from llmq.storage.checkpoint import save as save
@@ -39,7 +39,7 @@ _MODULES = {
     "SparseLinear": "nn",
     "accelerate": "models.accelerate",
     "compare": "evaluation.compare",
-    "doctor": "runtime.doctor",
+    "doctor": "commands.doctor",
     "evaluate": "evaluation.evaluate",
     "fine_tune": "training.fine_tune",
     "load": "storage.checkpoint",

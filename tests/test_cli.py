@@ -16,8 +16,8 @@ import torch
 
 import llmq
 from llmq import cli
-from llmq.commands import compress, demo, smollm2
-from llmq.runtime.doctor import Diagnosis, Part
+from llmq.commands import compress, demo, doctor, smollm2
+from llmq.commands.doctor import Diagnosis, Part
 from tests import families
 
 tf = pytest.importorskip("transformers")
@@ -285,7 +285,7 @@ def test_output_holding_something_else_is_left_alone(capsys, original, tmp_path)
 def test_doctor_fails_if_what_is_needed_does(capsys, monkeypatch):
     parts = [Part("torch", False, "2.1", "pip install torch"), Part("gguf", False, "not installed")]
     for missing, status in ((parts, 1), (parts[1:], 0)):
-        monkeypatch.setattr(llmq, "doctor", lambda found=missing: Diagnosis(found))
+        monkeypatch.setattr(doctor, "doctor", lambda found=missing: Diagnosis(found))
         assert run(capsys, "doctor", "--json")[0] == status
         found, table, _ = run(capsys, "doctor")
         assert found == status and ("does not work: torch" in table) == bool(status)

@@ -25,6 +25,7 @@ MODULES = {
 
 # From bottom to top: a package may import from its own line and those above it here.
 ORDER = (
+    "version",
     "scheme",
     "formats",
     "runtime",
@@ -165,8 +166,10 @@ assert quantize is llmq.quantize and accelerate is llmq.accelerate
 
 
 def test_the_version_is_that_of_the_package() -> None:
-    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
-    assert declared is not None and declared[1] == llmq.__version__
+    assert 'attr = "llmq.version.__version__"' in (ROOT / "pyproject.toml").read_text()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", llmq.__version__)
+    newest = re.search(r"^## \[(\d\S+)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert newest is not None and newest[1] == llmq.__version__
 
 
 def test_works_with_the_core_alone(tmp_path: Path) -> None:

@@ -69,6 +69,9 @@ SparseLinear.from_linear(
     mask: 'Tensor | None' = None,
     input_scale: 'Tensor | float | None' = None,
 ) -> SparseLinear
+accelerate(
+    model: 'Any',
+) -> Any
 compare(
     original: 'nn.Module',
     compressed: 'nn.Module',
@@ -140,6 +143,9 @@ quantize(
     skip: 'tuple[str, ...] | None' = None,
     resume: 'str | os.PathLike[str] | None' = None,
 ) -> nn.Module
+restore(
+    model: 'Any',
+) -> Any
 save(
     model: 'nn.Module',
     directory: 'str | os.PathLike[str]',
@@ -149,7 +155,7 @@ save(
 
 def public() -> str:
     lines = []
-    for name in sorted(llmq.__all__):
+    for name in sorted(set(llmq.__all__) - {"__version__"}):
         thing = getattr(llmq, name)
         lines += signature(name, thing)
         if inspect.isclass(thing):
@@ -159,7 +165,7 @@ def public() -> str:
     return "\n".join(lines)
 
 
-# What DESIGN documentation names of classes; their other methods are the library's own.
+# What the documentation names of classes; their other methods are the library's own.
 PUBLIC_METHODS = {"from_linear", "from_embedding", "dequantize"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from argparse import Namespace
 from typing import Any
 
@@ -21,7 +22,8 @@ def check(args: Namespace) -> None:
     for option in ("limit", "fewshot", "batch_size", "include_path"):
         if getattr(args, option) is not None and args.tasks is None:
             raise ValueError(f"--{option.replace('_', '-')} goes with --tasks")
-    if args.tasks is not None and importlib.util.find_spec("lm_eval") is None:
+    missing = sys.modules.get("lm_eval") is None and importlib.util.find_spec("lm_eval") is None
+    if args.tasks is not None and missing:
         raise ValueError("--tasks needs lm-eval: pip install 'llmq-kernels[lm-eval]'")
     if args.include_path is not None and not args.include_path.is_dir():
         raise ValueError(f"--include-path: {args.include_path} is no directory")

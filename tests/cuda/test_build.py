@@ -96,7 +96,7 @@ def test_the_complete_extension_compiles_and_loads_without_a_gpu() -> None:
     built = _build("cuda", LLMQ_CUDA="1", LLMQ_CUDA_ARCHS="sm_90a")
     assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-2000:]
     code = """
-import torch, llmq
+import torch, llmq.ops
 from llmq.runtime import dispatch
 from llmq.runtime import extension
 from llmq.scheme import resolve_scheme

@@ -357,6 +357,6 @@ def test_command_without_the_library(
         ([], "name a text to measure on (--text FILE), tasks (--tasks NAMES), or both"),
         (["--tasks", "arc_easy", "--html", "x.html"], "--html goes with --text and --baseline"),
     ):
-        assert cli.main(["eval", str(directories[0]), *arguments]) == 1
+        assert cli.main(["eval", str(directories[0]), *arguments]) == 2
         errors = capsys.readouterr().err
         assert message in errors and errors.strip().count("\n") == 0

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import llmq
+from llmq.commands.doctor import Part
 from llmq.runtime import extension
-from llmq.runtime.doctor import Part
 from tests.helpers import PACKAGE, run_python
 
 OPS = ("quantize_activation", "int8_linear", "bitmap_sparse_linear", "block_sparse_linear")
