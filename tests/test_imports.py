@@ -98,6 +98,12 @@ def test_the_order_names_what_there_is() -> None:
     assert set(ORDER) == {name.split(".")[1] for name in MODULES if name != "llmq"}
 
 
+def test_contributing_shows_the_order() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    chain = text[text.index("cli → commands") :].split("```")[0]
+    assert tuple(chain.replace("→", " ").split()[::-1]) == ORDER[1:]
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_only_the_core_is_imported_at_once(module: str) -> None:
     for name, line, at_once in imports(MODULES[module]):
