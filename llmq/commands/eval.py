@@ -26,7 +26,7 @@ def check(args: Namespace) -> None:
     if args.tasks is not None and missing:
         raise ValueError("--tasks needs lm-eval: pip install 'llmq-kernels[lm-eval]'")
     if args.include_path is not None and not args.include_path.is_dir():
-        raise ValueError(f"--include-path: {args.include_path} is no directory")
+        raise ValueError(f"--include-path: {args.include_path} is not a directory")
     if args.baseline is not None:
         check_model(args.baseline)
     check_model(args.model, needs_tokenizer=args.baseline is None)

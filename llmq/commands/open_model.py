@@ -29,7 +29,7 @@ def check_model(name: str, *, needs_tokenizer: bool = False) -> None:
         raise FileNotFoundError(f"{name} does not exist; name a directory, a .gguf file or smollm2")
     elif path.is_file():
         if path.suffix != ".gguf":
-            raise ValueError(f"{name} is no model: a directory or a .gguf file would do")
+            raise ValueError(f"{name} is not a model; name a directory or a .gguf file")
     elif not any((path / file).exists() for file in (LLMQ_MARKER, "config.json")):
         raise ValueError(f"{path} holds no model: neither {LLMQ_MARKER} nor config.json")
     elif needs_tokenizer and not _has_tokenizer(path):

@@ -29,7 +29,7 @@ def windows(file: Path, tokenizer: Any, count: int) -> list[Tensor]:
     whole = [w for w in tokens(file, tokenizer).split(WINDOW) if len(w) == WINDOW]
     if not whole:
         raise ValueError(
-            f"{file} is too short to calibrate with: at least {WINDOW} tokens would do"
+            f"{file} is too short to calibrate with: it needs at least {WINDOW} tokens"
         )
     count = min(count, len(whole))
     return [whole[i * len(whole) // count][None] for i in range(count)]
@@ -40,7 +40,9 @@ def training_batches(
 ) -> list[Tensor]:
     """Return a batch [sequences, length] for each step, drawn from all of the token ids."""
     if ids.numel() < length:
-        raise ValueError(f"{ids.numel()} tokens are too few to train on: {length} would do")
+        raise ValueError(
+            f"{ids.numel()} tokens are too few to train on: at least {length} are needed"
+        )
     rows = ids[: ids.numel() // length * length].view(-1, length)
     generator = torch.Generator().manual_seed(0)
     order: list[Tensor] = []

@@ -119,17 +119,17 @@ def find(model: nn.Module, skip: tuple[str, ...] | None, *, embeddings: bool) ->
 
 
 def _check_skip(skip: tuple[str, ...], names: set[str]) -> None:
-    """Raise `ValueError` if a pattern matches none of a model's modules: a slip of the pen."""
+    """Raise `ValueError` if a pattern matches none of a model's modules."""
     for pattern in skip:
         if any(matches(name, pattern) for name in names):
             continue
         known = {known for name in names for known in (name, *name.split("."))}
         near = difflib.get_close_matches(pattern, sorted(known), n=3)
-        meant = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        meant = f"did you mean {' or '.join(map(repr, near))}?" if near else "name another"
         longest = max(sorted(names), key=lambda name: name.count("."))
         raise ValueError(
-            f"skip: {pattern!r} matches no layer of the model; {meant}A pattern is one or more "
-            f"whole parts of a name such as {longest!r}, or a shell pattern for all of it"
+            f"skip: {pattern!r} matches no layer of the model; {meant} (a pattern is one or more "
+            f"whole parts of a name such as {longest!r}, or a shell pattern for the whole name)"
         )
 
 
@@ -221,8 +221,8 @@ def check_weight(name: str, weight: Tensor) -> None:
         raise ValueError(f"{name}: weight is on the meta device; load the model's weights first")
     if weight.dtype not in _FLOATS:
         raise ValueError(
-            f"{name}: weight is {weight.dtype}; float32, bfloat16 or float16 would do "
-            f"(model.float())"
+            f"{name}: weight is {weight.dtype}; expected float32, bfloat16 or float16 "
+            f"(model.float() converts)"
         )
     if not bool(torch.isfinite(weight).all()):
         bad = (~torch.isfinite(weight)).nonzero()[0].tolist()

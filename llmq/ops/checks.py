@@ -1,9 +1,10 @@
 """What the arguments of an op must be: shapes, dtypes and devices, never values.
 
-Every fault is a `ValueError` that names the op, what was given and what would do: of a wrong dtype
-too, since native code under torch's stable ABI can raise nothing that becomes a `TypeError`. These
-checks run for references, fakes and GPUs; the CPU drivers (`csrc/cpu`) check the same in the same
-words before they read memory. `tests/ops/test_arguments.py` holds both to it.
+Every fault is a `ValueError` that names the op, what was given and what is expected. That holds
+for wrong dtypes, too: native code under torch's stable ABI can raise nothing that becomes a
+`TypeError`.
+These checks run for references, fakes and GPUs; the CPU drivers (`csrc/cpu`) check the same in the
+same words before they read memory. `tests/ops/test_arguments.py` holds both to it.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def check_sparse(
     group_size: int | None,
     activation_scale: Tensor | None,
 ) -> int:
-    """Return K, having checked all that does not hang on how positions are stored, nor on N."""
+    """Return K, having checked all that does not depend on N or on how positions are stored."""
     K = check_x(op, x, weight, *positions, weight_scale, bias, activation_scale)
     check_activations(op, K, group_size, activation_scale)
     check(

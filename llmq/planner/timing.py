@@ -104,7 +104,7 @@ def seconds_a_call(
 
     Returns:
         Least seconds by format, and by `"float"` for `nn.Linear` in `dtype`: a choice should
-        not hang on what else the machine was doing, which medians of a busy one show. Many short
+        not depend on what else the machine was doing, which medians of a busy one show. Many short
         rounds: where a busy Xeon gave 21 of 10 ms, leasts of one format differed by half.
     """
     with torch.random.fork_rng(devices=[]):  # whoever asks has drawn no numbers

@@ -121,7 +121,7 @@ def chosen(name: str, count: int, layers: int, influence: dict[str, float]) -> l
     """
     missing = [f"{name}.{i}" for i in range(count) if f"{name}.{i}" not in influence]
     if missing:
-        raise ValueError(f"the data does not tell what {missing[0]} does: it must run once a batch")
+        raise ValueError(f"the data must run {missing[0]} once a batch; give batches that do")
     scores = torch.tensor([influence[f"{name}.{i}"] for i in range(1, count)], dtype=torch.float64)
     ranked = scores.argsort(descending=True, stable=True) + 1
     return [0, *sorted(ranked[: layers - 1].tolist())]

@@ -80,7 +80,7 @@ def prune(
     method = choose_method(method, parsed, allocation, has_data=data is not None)
     said = method if named or data is None else f"{method} (picked, as there is data)"
     if resume is not None and (data is None or parsed.kind in ("structured", "layers")):
-        raise ValueError("resume goes with data, and with patterns of weights or blocks of them")
+        raise ValueError("resume needs data, and a pattern other than structured or layers")
     found = find(model, skip, embeddings=False)
     if parsed.kind == "layers":
         choice = depth.prune(model, rate, skip or (), calls_of(model, data))

@@ -188,8 +188,8 @@ def _solve(tasks: list[_Task], rate: float) -> list[int]:
     left = round(sum(sum(task.sizes) for task in tasks) * rate) - sum(counts)
     if left < 0:
         raise ValueError(
-            f"more than pruning_rate={rate} allows is pruned already; a higher rate, or "
-            f'allocation="uniform", tells what'
+            f"more weights are pruned already than pruning_rate={rate} allows; raise the rate "
+            f'(with allocation="uniform" the error names the layers)'
         )
     steps = [
         (slope, i, j, pieces)

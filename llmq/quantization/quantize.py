@@ -74,7 +74,7 @@ def quantize(
     static = picked.activations == "static"
     scaling, how = parse_algorithm(algorithm, static=static, has_data=data is not None)
     if resume is not None and data is None:
-        raise ValueError("resume goes with data: without it there is next to nothing to resume")
+        raise ValueError("resume needs data: without calibration there is nothing to resume")
     found = find(model, skip, embeddings=True)
     for group in found.groups:
         for target in group:

@@ -20,7 +20,7 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]], *others: Any) -> str:
     """
     digest = hashlib.sha256()
     for name, weight in weights:
-        # Ten digits: the last of sixteen hang on the number of threads that add.
+        # Ten digits: the last of sixteen depend on the number of threads that add.
         total = float(weight.detach().sum(dtype=torch.float64))
         digest.update(f"{name} {list(weight.shape)} {total:.9e}\n".encode())
     _add(digest, others)

@@ -111,8 +111,8 @@ def train(
                 value = _step(model, group, settings, teacher)
                 if not math.isfinite(value):
                     raise ValueError(
-                        f"loss is {value} at step {step + 1} of {total}; a smaller lr than "
-                        f"{settings.lr:g} or other data would do; the model is as it was"
+                        f"loss is {value} at step {step + 1} of {total}; try a smaller lr than "
+                        f"{settings.lr:g}, or check the data; the model is unchanged"
                     )
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 whole = False

@@ -252,7 +252,7 @@ def test_refuses_what_it_cannot_do() -> None:
         ValueError,
         "choose 'magnitude' or 'wanda'",
     )
-    assert_raises(lambda: run(resume="kept"), ValueError, "resume goes with data, and with")
+    assert_raises(lambda: run(resume="kept"), ValueError, "resume needs data, and a pattern other")
     skip = ("layers.1", "layers.2", "layers.3")
     assert_raises(lambda: run(skip=skip), ValueError, "leaves 3 of 5 blocks, but the first and")
     assert (str(model), model.config.to_dict()) == before
@@ -270,7 +270,7 @@ def test_refuses_what_it_cannot_do() -> None:
     )  # fmt: skip
     assert_raises(
         lambda: depth.chosen("layers", 2, 1, {"layers.0": 1.0}),
-        ValueError, "the data does not tell what layers.1 does",
+        ValueError, "the data must run layers.1 once a batch",
     )  # fmt: skip
     with pytest.raises(ValueError, match=r'use llmq\.prune\(model, pattern="layers"\)'):
         llmq.SparseLinear.from_linear(nn.Linear(4, 4), "layers")

@@ -143,7 +143,9 @@ def test_quantized_and_pruned_again() -> None:
     llmq.prune(model, 0.6, method="wanda", **options)  # nothing is left to do
     for name, tensor in model.state_dict().items():
         assert_equal(tensor, state[name], name)
-    with pytest.raises(ValueError, match=r"more than pruning_rate=0\.55 allows is pruned already"):
+    with pytest.raises(
+        ValueError, match=r"more weights are pruned already than pruning_rate=0\.55 allows"
+    ):
         llmq.prune(model, 0.55, **options)
     for name, tensor in model.state_dict().items():
         assert_equal(tensor, state[name], name)

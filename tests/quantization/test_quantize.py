@@ -150,7 +150,7 @@ def test_skip_is_named_in_the_report() -> None:
     [
         ("haed", "did you mean 'head'"),
         ("blocks.7", "matches no layer of the model; did you mean 'blocks"),
-        ("*.mlp", "or a shell pattern for all of it"),
+        ("*.mlp", "or a shell pattern for the whole name"),
         ("", "'' matches no layer"),
     ],
 )
