@@ -153,3 +153,10 @@ def tiny_tokenizer() -> Any:
     plain = Tokenizer(models.WordLevel(letters, unk_token="?"))
     plain.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     return tf.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="?", eos_token="\x02")
+
+
+def batches(name: str) -> list[dict[str, torch.Tensor]]:
+    """Two batches of other sentences than `inputs`, one of them shorter."""
+    given = inputs(name)
+    first = {k: v.roll(1, 0) if k != "attention_mask" else v for k, v in given.items()}
+    return [first, {k: v[:, :5] for k, v in given.items()}]

@@ -6,7 +6,7 @@
 // has not delivered, leaving the registered global memory, and odd addresses are errors. So is what
 // wgmma, which runs on its own, reads without a fence after the write, or is overwritten while it
 // reads; its sums are poison until it was waited for. Blocks run one after another, in an order
-// that `seed` shuffles.
+// that `seed` shuffles. One header, though long: it stands for CUDA's own, which sources include.
 #pragma once
 
 #include <setjmp.h>

@@ -1,4 +1,7 @@
-"""Checkpoints made to deceive: renewed checksums, lying shapes, bombs; a ValueError for each."""
+"""Checkpoints made to deceive: renewed checksums, lying shapes, bombs; a ValueError for each.
+
+One file, though long: it is one table of lies, told of one fixture.
+"""
 
 from __future__ import annotations
 
