@@ -177,7 +177,8 @@ def schemes(quality: dict[str, Any], speed: dict[str, Any]) -> str:
         speeds = [f"{found[phase]:.0f}" for phase in ("prefill", "decode")]
         rows.append([row["name"], size, f"{row['perplexity']:.2f}", change, *speeds])
     head = ["", "MB", "perplexity", "to float32", "prefill tok/s", "decode tok/s"]
-    return f"{_table(head, rows)}\n\nSpeed: {_machine(speed)}. Perplexity: {quality['text']}."
+    judged = f"{quality['text']}; {_machine(quality)}"
+    return f"{_table(head, rows)}\n\nSpeed: {_machine(speed)}. Perplexity: {judged}."
 
 
 def cuda(records: list[dict[str, Any]]) -> str:
