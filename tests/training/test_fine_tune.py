@@ -155,6 +155,24 @@ def test_training_rounds_as_encoding_does(name: str) -> None:
     torch.testing.assert_close(rounded, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("scheme", [None, "w8a8"])
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_step_trains_no_weight_that_is_pruned(rank: int | None, scheme: str | None) -> None:
+    """What training computes with is the layer that it makes: pruned weights are 0 throughout."""
+    torch.manual_seed(0)
+    kept = torch.rand(16, 32) < 0.5
+    layer = SparseLinear.from_linear(nn.Linear(32, 16), "unstructured", scheme=scheme, mask=kept)
+    master = Master(layer, rank)
+    optimizer = torch.optim.SGD([p for p in master.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):
+        master(torch.randn(8, 32)).square().sum().backward()
+        optimizer.step()
+    rounded = master.rounded().detach()
+    assert not rounded[~kept].any()
+    assert not torch.equal(rounded, layer.dequantize())
+    torch.testing.assert_close(rounded, master.encoded().dequantize(), rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("learn_scales", [False, True])
 @pytest.mark.parametrize("pattern", [None, "unstructured"])
 def test_training_codes_inputs_on_the_static_scale(pattern: str | None, learn_scales: bool) -> None:
