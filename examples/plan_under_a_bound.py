@@ -1,6 +1,6 @@
 """Names a bound on the loss and lets `plan` choose a format for each layer within it.
 
-    python examples/plan_under_a_bound.py                 # SmolLM2-135M, about ten minutes
+    python examples/plan_under_a_bound.py                 # SmolLM2-135M, some ten minutes
     python examples/plan_under_a_bound.py path/to/model   # a directory of transformers
 
 The bound is on the mean KL divergence from the original's output. The plan is made on one part of

@@ -90,12 +90,12 @@ def test_pruning_is_recovered(tmp_path: Path) -> None:
     encoder = script.AutoModel.from_pretrained(folder, num_hidden_layers=1)  # of six: a minute less
     encoder.save_pretrained(tmp_path)
     script.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
-    rows = script.main(str(tmp_path), sentences=128, steps=2)
+    rows = script.main(str(tmp_path), sentences=128)
     sizes, cosines = zip(*(row[1:] for row in rows), strict=True)
-    _, magnitude, sparsegpt, int8, reconstructed, distilled = cosines
+    _, magnitude, sparsegpt, int8, reconstructed = cosines
     assert 1 - sparsegpt < 0.8 * (1 - magnitude)
     assert int8 > sparsegpt - 0.005
-    assert reconstructed > int8 - 0.002 and distilled > reconstructed - 0.005
+    assert reconstructed > int8
     assert sizes[-1] < 0.9 * sizes[0]  # the embedding stays, and is most of one layer's model
 
 
