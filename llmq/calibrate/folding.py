@@ -197,7 +197,7 @@ def _between_linears(block: nn.Module, plain: dict[int, Target]) -> list[Fold]:
     for module in block.modules():
         for mlp in layouts.MLP:
             path, copies = mlp.up[-1]
-            up, down = _child(module, path), _child(module, mlp.down)
+            up, down = layouts.child(module, path), layouts.child(module, mlp.down)
             if id(up) in plain and id(down) in plain and up is not None and down is not None:
                 K = _inputs(down)
                 if _outputs(up) == K * copies:
@@ -214,7 +214,7 @@ def _attention(
     module: nn.Module, layout: layouts.AttentionLayout, plain: dict[int, Target]
 ) -> Fold | None:
     path, kinds = next((path, kinds) for path, kinds in layout.projections if "v" in kinds)
-    value, output = _child(module, path), _child(module, layout.output)
+    value, output = layouts.child(module, path), layouts.child(module, layout.output)
     if value is None or output is None or id(value) not in plain or id(output) not in plain:
         return None
     K = _inputs(output)
@@ -223,19 +223,10 @@ def _attention(
     before = sum(K if kind == "q" else size for kind in kinds[: kinds.index("v")])
     if size <= 0 or K % size or _outputs(value) != queries * K + size * (len(kinds) - queries):
         return None
-    owner = _child(module, path.rpartition(".")[0]) if "." in path else module
+    owner = layouts.child(module, path.rpartition(".")[0]) if "." in path else module
     dims = [d for a in layouts.HEAD_DIM if isinstance(d := getattr(owner, a, None), int)]
     head = dims[0] if dims else size if size == K else 0
     if not head or size % head:
         return None
     heads = (size // head, K // size, head)
     return Fold(value, [plain[id(output)]], slice(before, before + size), heads)
-
-
-def _child(module: nn.Module, path: str) -> nn.Module | None:
-    for part in path.split("."):
-        child = module._modules.get(part)
-        if child is None:
-            return None
-        module = child
-    return module

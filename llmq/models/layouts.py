@@ -1,4 +1,4 @@
-"""Names that attention and MLP layers go by in transformers, for structured pruning.
+"""Names that attention and MLP layers go by in transformers, for structured pruning and scaling.
 
 To teach `prune(pattern="structured")` another model, add a row.
 """
@@ -6,6 +6,8 @@ To teach `prune(pattern="structured")` another model, add a row.
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from torch import nn
 
 
 class AttentionLayout(NamedTuple):
@@ -91,3 +93,13 @@ CONFIG_CHANNELS = (
     "hidden_dim",
     "n_inner",
 )
+
+
+def child(module: nn.Module, path: str) -> nn.Module | None:
+    """Return the submodule at a dotted path, None if there is none."""
+    for part in path.split("."):
+        found = module._modules.get(part)
+        if found is None:
+            return None
+        module = found
+    return module

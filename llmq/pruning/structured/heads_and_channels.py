@@ -107,17 +107,8 @@ def find_blocks(
     return chosen, whole
 
 
-def _submodule(module: nn.Module, path: str) -> nn.Module | None:
-    for part in path.split("."):
-        child = module._modules.get(part)
-        if child is None:
-            return None
-        module = child
-    return module
-
-
 def _linear(module: nn.Module, path: str) -> nn.Module | None:
-    found = _submodule(module, path)
+    found = layouts.child(module, path)
     return found if is_linear(found) else None
 
 
@@ -148,7 +139,7 @@ def _attention(
     if len(layers) < len(paths):
         return None
     inner, _, _ = paths[0].rpartition(".")
-    owner = _submodule(module, inner) if inner else module
+    owner = layouts.child(module, inner) if inner else module
     assert owner is not None
     sizes = [v for a in layouts.HEAD_DIM if isinstance(v := getattr(owner, a, None), int)]
     if not sizes or any(p is not None for p in owner._parameters.values()):
@@ -221,7 +212,7 @@ def _features(layer: nn.Module | None, side: str) -> int:
 
 def _mlp(name: str, module: nn.Module, layout: layouts.MLPLayout) -> PrunableBlock | None:
     paths = [path for path, _ in layout.up] + [layout.down]
-    layers = [_submodule(module, path) for path in paths]
+    layers = [layouts.child(module, path) for path in paths]
     if not all(is_linear(layer) for layer in layers):
         return None
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.children()):
