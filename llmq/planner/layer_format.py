@@ -13,7 +13,7 @@ from torch import nn
 from llmq.formats import low_rank
 from llmq.nn import LowRankLinear, QuantLinear, SparseLinear, linear_weight
 from llmq.pruning import magnitude
-from llmq.quantization.algorithm import ROUNDINGS, SCALINGS
+from llmq.quantization.algorithm import split_algorithm
 from llmq.scheme import PRESETS, Pattern, Scheme, resolve_scheme
 
 
@@ -58,7 +58,9 @@ def parse(name: str) -> LayerFormat:
     if len(words) < 2:
         return LayerFormat(_dynamic(name))
     if len(words) == 2:
-        scaling, how = _algorithm(words[1])
+        scaling, how = split_algorithm(words[1])
+        if scaling is None and how == "rtn":
+            raise ValueError(f"{name!r} is {words[0]!r} itself; leave out the algorithm")
         return LayerFormat(_dynamic(words[0]), scaling=scaling, rounding=how)
     kind, number, *rest = words
     if (
@@ -77,18 +79,6 @@ def parse(name: str) -> LayerFormat:
     if kind == "low-rank":
         return LayerFormat(scheme, low_rank=share)
     return LayerFormat(scheme, sparse=share)
-
-
-def _algorithm(name: str) -> tuple[str | None, str]:
-    parts = name.split("+")
-    scaling = parts.pop(0) if parts[0] in SCALINGS else None
-    how = parts.pop(0) if parts else "rtn"
-    if parts or how not in ROUNDINGS or (scaling is None and how == "rtn"):
-        raise ValueError(
-            f"unknown algorithm {name!r} of a format; there is clip, gptq, and "
-            f"{' or '.join(SCALINGS)}, alone or before one of those"
-        )
-    return scaling, how
 
 
 def _dynamic(name: str) -> Scheme:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llmq.calibrate.statistics import Statistics
 from llmq.models.targets import Target, check_weight
-from llmq.nn import QuantLinear, SparseLinear, linear_bytes, linear_weight
+from llmq.nn import CompressedLayer, QuantLinear, SparseLinear, dense_weight, linear_bytes
 from llmq.pruning import magnitude, obs, sparsegpt, wanda
 from llmq.report import Change, relative_error
 from llmq.scheme import Pattern
@@ -30,9 +30,8 @@ def check(target: Target, pattern: Pattern, rate: float) -> None:
                 f"{name} is {scheme.name}, which has no sparse form; prune a model that is w8a8, "
                 f"w8a8-g64, w8a16 or not quantized"
             )
-        weight = module.dequantize()
-    else:
-        weight = linear_weight(module)[0]
+    weight = dense_weight(module)
+    if not isinstance(module, CompressedLayer):
         check_weight(name, weight)
     N, K = weight.shape
     R, C = pattern.block if pattern.block else (1, 4 if pattern.kind == "2:4" else 1)
@@ -61,10 +60,7 @@ def convert(
     """Return the sparse layer of `target`; by magnitude where no statistics came."""
     module = target.module
     kept = module.mask() if isinstance(module, SparseLinear) else None
-    if isinstance(module, (QuantLinear, SparseLinear)):
-        weight = module.dequantize()
-    else:
-        weight = linear_weight(module)[0]
+    weight = dense_weight(module)
     if statistics is None or not statistics.rows:
         mask = magnitude.mask(weight, pattern, rate, kept)
         return SparseLinear.from_linear(module, pattern, mask=mask)
@@ -119,9 +115,5 @@ def change(target: Target, layer: nn.Module) -> Change:
     """Return what became of `target` as `layer` takes its place."""
     module = target.module
     assert isinstance(layer, SparseLinear)
-    if isinstance(module, (QuantLinear, SparseLinear)):
-        return Change(
-            target.kind, relative_error(module.dequantize(), layer.dequantize()), module.bytes()
-        )
-    error = relative_error(linear_weight(module)[0], layer.dequantize())
-    return Change(target.kind, error, linear_bytes(module))
+    size = module.bytes() if isinstance(module, CompressedLayer) else linear_bytes(module)
+    return Change(target.kind, relative_error(dense_weight(module), layer.dequantize()), size)

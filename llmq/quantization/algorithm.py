@@ -10,16 +10,11 @@ SCALINGS = ("smoothquant", "awq")
 _DATA = "token ids, a pair (text, tokenizer), or batches of what the model takes"
 
 
-def parse_algorithm(algorithm: str, *, static: bool, has_data: bool) -> tuple[str | None, str]:
+def split_algorithm(algorithm: str) -> tuple[str | None, str]:
     """Return the scaling, if any, and the rounding that `algorithm` names.
 
-    Args:
-        algorithm: a rounding, a scaling, or both as in `"smoothquant+gptq"`.
-        static: whether the scheme has static activations, whose scales are measured on data.
-        has_data: whether there is calibration data.
-
     Raises:
-        ValueError: if the name is unknown, data is missing, or data is given and has no use.
+        ValueError: if the name is unknown.
     """
     parts = algorithm.split("+") if isinstance(algorithm, str) else []
     scaling = parts.pop(0) if parts and parts[0] in SCALINGS else None
@@ -29,6 +24,21 @@ def parse_algorithm(algorithm: str, *, static: bool, has_data: bool) -> tuple[st
             f"unknown algorithm {algorithm!r}; choose {', '.join(ROUNDINGS)}, or "
             f"{' or '.join(SCALINGS)}, alone or before one of those as in 'smoothquant+gptq'"
         )
+    return scaling, how
+
+
+def parse_algorithm(algorithm: str, *, static: bool, has_data: bool) -> tuple[str | None, str]:
+    """Return what `split_algorithm` does, having checked that the data goes with it.
+
+    Args:
+        algorithm: a rounding, a scaling, or both as in `"smoothquant+gptq"`.
+        static: whether the scheme has static activations, whose scales are measured on data.
+        has_data: whether there is calibration data.
+
+    Raises:
+        ValueError: if the name is unknown, data is missing, or data is given and has no use.
+    """
+    scaling, how = split_algorithm(algorithm)
     if static and not has_data:
         raise ValueError(
             f"static activations need data to measure their scales on: {_DATA}; or use a dynamic "
